@@ -1,0 +1,56 @@
+"What keeps the project in one piece: exports, clean notebooks, README, records."
+import filecmp, json, re, shutil, subprocess, sys
+from pathlib import Path
+import nbformat
+import pytest
+
+root = Path(__file__).resolve().parent.parent
+script = lambda name: str(Path(sys.executable).with_name(name))
+
+
+@pytest.fixture
+def copy(tmp_path):
+    "A copy of what nbdev reads and writes."
+    for name in ("nbs", "finessl"): shutil.copytree(root / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints"))
+    for name in ("settings.ini", "pyproject.toml"): shutil.copy(root / name, tmp_path)
+    return tmp_path
+
+
+def differing(a, b, pattern):
+    names = {p.name for p in (*a.glob(pattern), *b.glob(pattern))}
+    return sorted(n for n in names if not ((a / n).exists() and (b / n).exists() and filecmp.cmp(a / n, b / n, shallow=False)))
+
+
+def test_exporting_again_changes_nothing(copy):
+    subprocess.run([script("nbdev_export")], cwd=copy, check=True, capture_output=True)
+    assert differing(root / "finessl", copy / "finessl", "*.py") == []
+
+
+def test_notebooks_are_clean(copy):
+    subprocess.run([script("nbdev_clean")], cwd=copy, check=True, capture_output=True)
+    assert differing(root / "nbs", copy / "nbs", "*.ipynb") == []
+
+
+def test_readme_is_made_from_index():
+    subprocess.run([sys.executable, root / ".ci" / "readme.py", "--check"], check=True)
+
+
+def test_ci_runs_the_command_of_the_readme():
+    command = (root / ".ci" / "run").read_text().splitlines()[-1].replace(" -q", "")
+    assert command in (root / "README.md").read_text()
+
+
+def test_outputs_hold_no_machine_path_and_no_error():
+    machine = re.compile(r"(/home/|/Users/|/root/|/tmp/|/work/|site-packages|[A-Z]:\\\\Users)")
+    for path in sorted((root / "nbs").glob("*.ipynb")):
+        for cell in nbformat.read(path, as_version=4).cells:
+            for output in cell.get("outputs", []):
+                assert output.output_type != "error", f"{path.name}: {output.evalue}"
+                text = str({k: v for k, v in output.get("data", {}).items() if not k.startswith("image/")}) + output.get("text", "")
+                assert not machine.search(text), f"{path.name}: {machine.search(text).group()} in an output of {cell.source[:60]!r}"
+
+
+def test_every_code_cell_with_pictures_was_run():
+    for path in sorted((root / "nbs").glob("*.ipynb")):
+        cells = [c for c in nbformat.read(path, as_version=4).cells if c.cell_type == "code"]
+        assert any(c.outputs for c in cells), f"{path.name} was committed without its outputs"
