@@ -10,45 +10,45 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# %% ../nbs/08_margin.ipynb #5718e057
+# %% ../nbs/08_margin.ipynb #7bc94334
 def last_of_each(
-    idx: Tensor, # (B,) int64, image of every position
+    idx: Tensor, # (B,) int64 ≥ 0, image at every position
     keep: Tensor # (B,) bool, positions that count
 ) -> Tensor: # (B,) bool, True at the last kept position of every image
-    "Where a batch holds an image more than once, the position that decides."
+    "Which positions decide where a batch holds an image more than once."
     row, order = torch.where(keep, idx, -1).sort(stable=True)
     last = (row.diff(append=row.new_full((1,), -2)) != 0) & (row >= 0)
     return torch.zeros_like(keep).scatter(0, order, last)
 
-# %% ../nbs/08_margin.ipynb #ad080fa8
+# %% ../nbs/08_margin.ipynb #b58cb07d
 class LearningPace:
     "The last confident pseudo-label of every unlabelled image, counted per class (FineSSL, σ of the learning pace)."
     def __init__(self,
         n_ulb: int, # unlabelled images
         n_classes: int, # C
-        zeta: float = .7, # ζ in [0, 1]; a pseudo-label of this confidence or more enters
+        zeta: float = .7, # ζ in [0, 1]; a pseudo-label with this confidence or more enters
         device: str | torch.device | None = None
     ):
         if n_ulb < 1 or n_classes < 1: raise ValueError(f"n_ulb and n_classes must be >= 1, got {n_ulb} and {n_classes}")
         if not 0 <= zeta <= 1: raise ValueError(f"zeta must be in [0, 1], got {zeta}")
         self.n_ulb, self.n_classes, self.zeta = n_ulb, n_classes, zeta
-        self._table = torch.full((n_ulb + 1,), -1, dtype=torch.int64, device=device) # -1: none yet; the last row is a bin
-        self._tally = torch.zeros(n_classes + 1, dtype=torch.int64, device=device) # entry 0: none yet
+        self._table = torch.full((n_ulb + 1,), -1, dtype=torch.int64, device=device) # the last row is spare
+        self._tally = torch.zeros(n_classes + 1, dtype=torch.int64, device=device) # entry 0: no label yet
         self.reset()
 
     @property
-    def table(self) -> Tensor: return self._table[:-1].clone() # (n_ulb,) int64, -1 where none was confident yet
+    def table(self) -> Tensor: return self._table[:-1].clone() # (n_ulb,) int64, -1 where nothing was confident yet
     @property
-    def counts(self) -> Tensor: return self._tally[1:].clone() # (C,) int64
+    def counts(self) -> Tensor: return self._tally[1:].clone() # (C,) int64, bincount of the table
 
     def update(self,
-        idx: Tensor, # (B,) int64 in [0, n_ulb), image of every position
+        idx: Tensor, # (B,) int64 in [0, n_ulb), image at every position
         conf: Tensor, # (B,) float in [0, 1], main-head confidence
         pl: Tensor # (B,) int64 in [0, C), pseudo-labels
     ) -> None:
-        "Enter what is confident; of an image that occurs twice the later stays. Called after the step's loss."
+        "Enter what is confident; of an image that occurs twice the later stays. Call it after the step's loss."
         if not (idx.ndim == 1 and idx.shape == conf.shape == pl.shape):
-            raise ValueError(f"idx, conf and pl must have one shape (B,), got {tuple(idx.shape)}, {tuple(conf.shape)}, {tuple(pl.shape)}")
+            raise ValueError(f"idx, conf, pl must share one shape (B,), got {tuple(idx.shape)}, {tuple(conf.shape)}, {tuple(pl.shape)}")
         wins = last_of_each(idx, conf >= self.zeta)
         old = self._table[:-1].index_select(0, idx)
         self._tally.index_add_(0, pl + 1, wins.long()).index_add_(0, old + 1, -wins.long())
@@ -62,20 +62,20 @@ class LearningPace:
     def state_dict(self) -> dict[str, Tensor]: return {"table": self.table}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        "Take over a table of the same size; the counts follow from it."
+        "Take over a saved table of the same size; the counts follow from it."
         table = state["table"]
         if table.shape != (self.n_ulb,): raise ValueError(f"table must have shape ({self.n_ulb},), got {tuple(table.shape)}")
         if table.min() < -1 or table.max() >= self.n_classes:
-            raise ValueError(f"table must hold -1..{self.n_classes - 1}, got {table.min()}..{table.max()}")
+            raise ValueError(f"table must hold -1 to {self.n_classes - 1}, got {table.min()} to {table.max()}")
         self._table[:-1] = table.to(self._table)
         self._tally.copy_(torch.bincount(self._table[:-1] + 1, minlength=self.n_classes + 1))
 
-# %% ../nbs/08_margin.ipynb #2bf447e1
+# %% ../nbs/08_margin.ipynb #64d28dc2
 def class_margins(
-    counts: Tensor, # (C,) int or float, confident pseudo-labels per class
-    alpha: float = 8., # α ≥ 0, scale
-    form: str = "code" # "code": (1-β)/(1+β), the released trainer's; "paper": 1-β
-) -> Tensor: # (C,) float ≥ 0, larger for classes with fewer pseudo-labels
+    counts: Tensor, # (C,) int or float ≥ 0, confident pseudo-labels per class
+    alpha: float = 8., # α ≥ 0, scale of the margins, in logits
+    form: str = "code" # "code": Δ = (1-β)/(1+β), the released trainer's; "paper": Δ = 1-β
+) -> Tensor: # (C,) float in [0, α], larger for classes with fewer pseudo-labels
     "Margin of each class, α_t Δ_t (FineSSL, balanced margin softmax); zeros while nothing is counted."
     if counts.ndim != 1 or not len(counts): raise ValueError(f"counts must have shape (C,), got {tuple(counts.shape)}")
     if not alpha >= 0: raise ValueError(f"alpha must be >= 0, got {alpha}")
@@ -84,11 +84,11 @@ def class_margins(
     delta = 1 - beta if form == "paper" else (1 - beta) / (1 + beta)
     return alpha * (beta.max() - beta.min()) * delta
 
-# %% ../nbs/08_margin.ipynb #86fe5bbb
+# %% ../nbs/08_margin.ipynb #11289ef7
 def balanced_margin_loss(
     z: Tensor, # (B, C) float, logits
     y: Tensor, # (B,) int64 in [0, C), targets
-    margins: Tensor, # (C,) float, margin of each class; treated as constant
+    margins: Tensor, # (C,) float, margin of each class in logits; treated as constant
     reduction: str = "mean" # "mean", "sum" or "none"
 ) -> Tensor: # scalar, or (B,) for "none"
     "Cross-entropy with the margin of the target's class on every other logit (FineSSL, balanced margin softmax)."
