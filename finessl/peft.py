@@ -41,7 +41,7 @@ class VPT(PlainVPT):
         *blocks, last = self.encoder.blocks
         if not self.deep: x, prompts = torch.cat([x, prompts[0].expand(len(x), -1, -1)], 1), [None] * len(self.encoder.blocks)
         for block, p in zip(blocks, prompts):
-            q, k, v = block.query_key_value(block.norm1(x))
+            q, k, v = block.qkv(block.norm1(x))
             x = x + block.attend(q, *with_prompts(block, k, v, p))
             x = x + block.feed(x)
         y = last.norm1(x)
