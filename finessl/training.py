@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
+import finessl
 from .data import Dataset, ImageFiles, batch_indices, check_dataset, generator
 from .views import View, Views, default_views
 from .backbone import load_backbone
@@ -249,9 +250,9 @@ def write_json(path, value): # value: what json can write
 def environment(device) -> dict:
     "Versions, device and threads of this run, and the commit of the source where it is a git checkout."
     import torchvision
-    here = Path(__file__).resolve().parent
+    here = Path(finessl.__file__).resolve().parent
     git = lambda *a: subprocess.run(["git", "-C", str(here), *a], capture_output=True, text=True).stdout.strip()
-    tracked = git("ls-files", "--error-unmatch", Path(__file__).name) if (here.parent / ".git").exists() else ""
+    tracked = git("ls-files", "--error-unmatch", "__init__.py") if (here.parent / ".git").exists() else ""
     dev = torch.device(device)
     name = torch.cuda.get_device_name(dev) if dev.type == "cuda" else f"{platform.machine()} {dev.type}"
     return {"commit": git("rev-parse", "HEAD") if tracked else None, "dirty": bool(git("status", "--porcelain", "--", ".")) if tracked else None,
@@ -422,7 +423,7 @@ def restore(c: dict, model, optimizer, state: dict, meter: Meter): # c: from rea
     optimizer.load_state_dict(c["optimizer"])
     meter.sums.copy_(c["meter"])
     for k, v in c["state"].items():
-        if hasattr(state[k], "load_state_dict"): state[k].load_state_dict(v)
+        if hasattr(state.get(k), "load_state_dict"): state[k].load_state_dict(v)
         else: state[k] = v
 
 # %% ../nbs/05_training.ipynb #8d7dc0fd
