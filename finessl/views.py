@@ -33,7 +33,7 @@ def normalise(
 ) -> Tensor: # (B, 3, H, W) float32
     "(x/255 − mean)/std, channel by channel."
     m, s = torch.tensor([mean, std]).view(2, 3, 1, 1).to(x.device, non_blocking=True)
-    return (x.float() / 255 - m) / s
+    return x.to(torch.float32, copy=True).mul_(1 / (255 * s)).sub_(m / s)
 
 # %% ../nbs/02_views.ipynb #e9221231
 def denormalise(
@@ -225,14 +225,14 @@ def blend(
     v: Tensor # (B,) float >= 0: 0 gives `dull`, 1 gives x
 ) -> Tensor: # (B, 3, H, W) uint8
     "dull + v·(x − dull), cut to 0..255 and rounded down, as Pillow's ImageEnhance does."
-    return (dull + v.view(-1, 1, 1, 1) * (x.float() - dull)).clamp_(0, 255).to(torch.uint8)
+    return x.float().sub_(dull).mul_(v.view(-1, 1, 1, 1)).add_(dull).clamp_(0, 255).to(torch.uint8)
 
 def grey(
     x: Tensor # (B, 3, H, W) uint8
 ) -> Tensor: # (B, 1, H, W) float, whole numbers
     "Luma (ITU-R 601), rounded."
-    r, g, b = x.float().unbind(1)
-    return (.299 * r + .587 * g + .114 * b).round_()[:, None]
+    r, g, b = x[:, :, None].unbind(1)
+    return (.299 * r).add_(g, alpha=.587).add_(b, alpha=.114).round_()
 
 # %% ../nbs/02_views.ipynb #3445fab1
 def brightness(x: Tensor, v: Tensor) -> Tensor:
@@ -250,18 +250,18 @@ def contrast(x: Tensor, v: Tensor) -> Tensor:
 def sharpness(x: Tensor, v: Tensor) -> Tensor:
     "Towards an image smoothed with weights 1 (5 in the middle) of 13, the rim left alone; v: (B,) float, 1 changes nothing."
     soft = x.float()
-    soft[..., 1:-1, 1:-1] = ((9 * F.avg_pool2d(soft, 3, 1) + 4 * soft[..., 1:-1, 1:-1]) / 13).round_()
+    inner = soft[..., 1:-1, 1:-1]
+    inner.copy_(F.avg_pool2d(soft, 3, 1).mul_(9).add_(inner, alpha=4).div_(13).round_())
     return blend(x, soft, v)
 
 # %% ../nbs/02_views.ipynb #670ead95
 def posterize(x: Tensor, bits: Tensor) -> Tensor:
     "Keep the leading bits of every channel; bits: (B,) whole numbers in 1..8, 8 changes nothing."
-    step = 2 ** (8 - bits.view(-1, 1, 1, 1).to(torch.int32))
-    return x - (x % step).to(torch.uint8)
+    return x & (256 - 2 ** (8 - bits)).to(torch.uint8).view(-1, 1, 1, 1)
 
 def solarize(x: Tensor, threshold: Tensor) -> Tensor:
-    "Invert the levels at and above the threshold; threshold: (B,) in 0..256, 256 changes nothing."
-    return torch.where(x >= threshold.view(-1, 1, 1, 1), 255 - x, x)
+    "Invert the levels at and above the threshold; threshold: (B,) whole numbers in 1..256, 256 changes nothing."
+    return torch.where(x > (threshold - 1).to(torch.uint8).view(-1, 1, 1, 1), ~x, x)
 
 def identity(x: Tensor, v: Tensor) -> Tensor:
     "The images themselves."
@@ -271,18 +271,18 @@ def identity(x: Tensor, v: Tensor) -> Tensor:
 def autocontrast(x: Tensor, v: Tensor) -> Tensor:
     "Stretch every channel of every image to 0..255; a channel of one level stays; v is not used."
     lo, hi = x.amin((2, 3), keepdim=True).float(), x.amax((2, 3), keepdim=True).float()
-    stretched = ((x - lo) * 255 / (hi - lo).clamp(min=1)).to(torch.uint8)
+    stretched = x.float().sub_(lo).mul_(255).div_((hi - lo).clamp_(min=1)).to(torch.uint8)
     return torch.where(hi > lo, stretched, x)
 
 def equalize(x: Tensor, v: Tensor) -> Tensor:
     "Flatten the histogram of every channel of every image by Pillow's rule; v is not used."
     level = x.flatten(2).long()
-    count = torch.zeros(*x.shape[:2], 256, dtype=torch.int64, device=x.device).scatter_add_(2, level, torch.ones_like(level))
-    below = count.cumsum(2) - count
-    brightest = x.flatten(2).amax(2, keepdim=True).long()
-    step = below.gather(2, brightest) // 255
-    table = ((below + step // 2) // step.clamp(min=1)).clamp_(max=255)
-    return torch.where((step > 0)[..., None], table.gather(2, level).view(x.shape), x).to(torch.uint8)
+    count = level.new_zeros(*x.shape[:2], 256, dtype=torch.int32)
+    count.scatter_add_(2, level, count.new_ones(()).expand_as(level))
+    below = count.cumsum(2) - count # pixels darker than each level
+    step = below.gather(2, level.amax(2, keepdim=True)) // 255
+    table = ((below + step // 2) // step.clamp(min=1)).clamp_(max=255).to(torch.uint8)
+    return torch.where((step > 0)[..., None], table.gather(2, level).view(x.shape), x)
 
 # %% ../nbs/02_views.ipynb #898cfc3b
 def pixel_matrix(
