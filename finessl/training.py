@@ -6,9 +6,9 @@
 __all__ = ['EPOCHS', 'short', 'paper', 'LABELLED', 'UNLABELLED', 'VIEW_LB', 'VIEW_WEAK', 'VIEW_STRONG', 'CHECKPOINT',
            'POOL_IMAGES', 'Step', 'LabelledOnly', 'FixMatch', 'Schedule', 'lr_at', 'labelled_indices', 'on_device',
            'step_images', 'forward', 'TrainingError', 'Guard', 'logits_of', 'autocast', 'summary', 'write_atomic',
-           'write_json', 'environment', 'folder_lock', 'Interrupt', 'Run', 'trained_state', 'build_model', 'load_run',
-           'default_device', 'Meter', 'save_checkpoint', 'read_checkpoint', 'restore', 'describe', 'split_of',
-           'optimizer_of', 'evaluate', 'fit', 'train', 'postfix', 'finish']
+           'write_json', 'read_records', 'environment', 'folder_lock', 'Interrupt', 'Run', 'trained_state',
+           'build_model', 'load_run', 'default_device', 'Meter', 'save_checkpoint', 'read_checkpoint', 'restore',
+           'describe', 'split_of', 'optimizer_of', 'evaluate', 'fit', 'train', 'postfix', 'finish']
 
 # %% ../nbs/05_training.ipynb #f869d55e
 import contextlib, dataclasses, hashlib, json, math, os, platform, signal, subprocess, sys, threading, time
@@ -245,6 +245,13 @@ def write_atomic(path, write):
 def write_json(path, value): # value: what json can write
     "Write JSON atomically."
     write_atomic(path, lambda tmp: tmp.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"))
+
+def read_records(
+    path # of a .jsonl file, one record a line
+) -> list[dict]: # [] where there is no file
+    "Records of many runs."
+    path = Path(path)
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
 
 # %% ../nbs/05_training.ipynb #2c46576c
 def environment(device) -> dict:
