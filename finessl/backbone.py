@@ -272,6 +272,7 @@ class Source(NamedTuple):
     tokenizer: object = None # list of captions -> (n, length) int64; None without a text tower
     repo: str = "" # on the Hugging Face hub, with the pretrained weights; "": none
     files: tuple[str, ...] = () # the weights' names there, the best first; without a repo, a path
+    objection: str = "" # why the weights and the architecture do not belong together
 
 def _nearest(wrong, names): # "; did you mean …?" or ""
     close = difflib.get_close_matches(wrong, names, 3, .5)
@@ -292,17 +293,17 @@ def _open_clip_source(name):
     if config is None: raise BackboneError(f"open_clip has no architecture {arch!r}{_nearest(arch, open_clip.list_models())}")
     tags, cfg = open_clip.list_pretrained_tags_by_model(arch), open_clip.get_pretrained_cfg(arch, tag) or {}
     if tag and not cfg: raise BackboneError(f"open_clip has no weights {tag!r} for {arch}{_nearest(tag, tags) or '; it has ' + (', '.join(tags) or 'none')}")
-    quick = bool(cfg.get("quick_gelu"))
+    quick, objection = bool(cfg.get("quick_gelu")), ""
     if cfg and quick != bool(config.get("quick_gelu")):
         other = f"{arch}-quickgelu" if quick else arch.removesuffix("-quickgelu")
         hint = f"use 'open_clip:{other}/{tag}'" if open_clip.get_model_config(other) else "open_clip has no such architecture with the right one"
-        raise BackboneError(f"the weights {tag!r} were trained with {'QuickGELU' if quick else 'GELU'}, which {arch} is not built with; {hint}")
+        objection = f"the weights {tag!r} were trained with {'QuickGELU' if quick else 'GELU'}, which {arch} is not built with; {hint}"
     folder, file = os.path.split(cfg.get("hf_hub", ""))
     file = file or "open_clip_pytorch_model.bin"
     safe = "open_clip_model.safetensors" if file == "open_clip_pytorch_model.bin" else str(Path(file).with_suffix(".safetensors"))
     foreign = "multimodal_cfg" in config or {"hf_model_name", "hf_tokenizer_name"} & set(config["text_cfg"])
     return Source(name, partial(_open_clip_model, config), cfg.get("mean", open_clip.OPENAI_DATASET_MEAN), cfg.get("std", open_clip.OPENAI_DATASET_STD),
-                  None if foreign else partial(_open_clip_tokens, arch), folder, (safe, file) if folder else ())
+                  None if foreign else partial(_open_clip_tokens, arch), folder, (safe, file) if folder else (), objection)
 
 def _open_clip_tokens(arch, captions):
     import open_clip
@@ -321,10 +322,10 @@ def _timm_source(name):
         raise BackboneError(f"{name} is not served: it is one of timm's {home} models, not a plain ViT")
     cfg = timm.get_pretrained_cfg(full)
     quick = f"{arch.replace('_clip_', '_clip_quickgelu_')}.{cfg.tag}"
-    if quick != f"{arch}.{cfg.tag}" and quick in timm.list_models("*quickgelu*", pretrained=True):
-        raise BackboneError(f"the weights {cfg.tag!r} were trained with QuickGELU, which {arch} is not built with; use 'timm:{quick}'")
+    wrong = quick != f"{arch}.{cfg.tag}" and quick in timm.list_models("*quickgelu*", pretrained=True)
+    objection = f"the weights {cfg.tag!r} were trained with QuickGELU, which {arch} is not built with; use 'timm:{quick}'" if wrong else ""
     files = (cfg.hf_hub_filename,) if cfg.hf_hub_filename else ("model.safetensors", "pytorch_model.bin")
-    return Source(name, partial(_timm_model, full, num_classes=0), cfg.mean, cfg.std, None, cfg.hf_hub_id or "", files if cfg.hf_hub_id else ())
+    return Source(name, partial(_timm_model, full, num_classes=0), cfg.mean, cfg.std, None, cfg.hf_hub_id or "", files if cfg.hf_hub_id else (), objection)
 
 # %% ../nbs/03_backbone.ipynb #ba6aec04
 def _source(name):
@@ -372,9 +373,10 @@ def read_weights(
     if not path.is_file(): raise BackboneError(f"there is no weights file {path}")
     with path.open("rb") as f: start = f.read(9)
     try: loaded = load_file(path) if start[8:] == b"{" else torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, EOFError) as error: raise BackboneError(f"{path} is empty, truncated or no weights file ({error or 'no data'})") from error
-    except pickle.UnpicklingError as error: raise BackboneError(f"{path} holds more than tensors, or is no weights file; bring it as safetensors") from error
-    except (RuntimeError, ValueError, KeyError, OSError) as error: raise BackboneError(f"{path} is truncated or no weights file ({str(error).splitlines()[0]})") from error
+    except pickle.UnpicklingError as error:
+        raise BackboneError(f"{path} holds more than tensors, or is no weights file; bring the weights as safetensors") from error
+    except (SafetensorError, EOFError, RuntimeError, ValueError, KeyError, OSError) as error:
+        raise BackboneError(f"{path} is empty, truncated, or no weights file") from error
     return _unwrapped(path, loaded)
 
 def _unwrapped(path, loaded):
@@ -428,7 +430,7 @@ def load_weights(
         model = nn.ModuleDict({"visual": model.visual})
     try: weights = (_as_open_clip if hasattr(model, "visual") else _as_timm)(weights, model)
     except (RuntimeError, KeyError, ValueError, AssertionError, IndexError, TypeError) as error:
-        raise BackboneError(f"{path} does not fit {name}: its tensors have other shapes ({str(error).splitlines()[0]})") from error
+        raise BackboneError(f"{path} does not fit {name}: its tensors have other names or shapes ({type(error).__name__})") from error
     if misfit := _misfit(weights, model.state_dict()): raise BackboneError(f"{path} does not fit {name}: {misfit}")
     model.load_state_dict(weights)
     return model
@@ -456,7 +458,7 @@ def load_backbone(
         raise BackboneError(f"checkpoint must be a path, None (pretrained) or False (random), got {checkpoint!r}")
     source = _source(name)
     with torch.device("meta"): why = unserved(source.build())
-    if why: raise BackboneError(f"{name} is not served: it {why}")
+    if why or source.objection: raise BackboneError(f"{name} is not served: it {why}" if why else source.objection)
     path = _fetch(source) if checkpoint is None else checkpoint
     model = source.build()
     if path is not False: model = load_weights(model, path, name)

@@ -1,0 +1,278 @@
+"""Encoders from real files: right, wrong, cut short, of another library; and no network."""
+import os
+import pickle
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import open_clip
+import timm
+
+from finessl.backbone import BackboneError, byte_tokens, load_backbone, read_weights, tiny_encoder, tiny_kinds
+from finessl.checks import assert_close, check_encoder, check_vpt
+from finessl.peft import VPT, CosineHead, Model, PlainVPT
+
+
+@pytest.fixture(scope="module")
+def vit(tmp_path_factory):
+    "A timm ViT with random weights, and its file."
+    torch.manual_seed(0)
+    model = timm.create_model("test_vit", num_classes=5).eval()
+    path = tmp_path_factory.mktemp("weights") / "test_vit.safetensors"
+    save_file(model.state_dict(), path)
+    return model, path
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory):
+    "A small CLIP that open_clip knows by name, and its file."
+    import json
+    folder = tmp_path_factory.mktemp("clip")
+    config = dict(embed_dim=24, vision_cfg=dict(image_size=32, patch_size=8, width=48, layers=2, head_width=16),
+                  text_cfg=dict(context_length=77, vocab_size=49408, width=16, heads=2, layers=1))
+    (folder / "finessl-test-clip.json").write_text(json.dumps(config))
+    open_clip.add_model_config(folder / "finessl-test-clip.json")
+    torch.manual_seed(0)
+    model = open_clip.CLIP(**config).eval()
+    save_file(model.state_dict(), folder / "clip.safetensors")
+    yield model, folder / "clip.safetensors"
+    open_clip.factory._MODEL_CONFIG_PATHS.remove(folder / "finessl-test-clip.json")
+    open_clip.factory._MODEL_CONFIGS.pop("finessl-test-clip")
+
+
+def failure(*args, **kwargs):
+    "The message of the error, which must be one sentence."
+    with pytest.raises(BackboneError) as error: load_backbone(*args, **kwargs)
+    message = str(error.value)
+    assert "\n" not in message and ". " not in message.replace("e.g. ", "")
+    return message
+
+
+def test_timm_file_gives_timm_features(vit):
+    model, path = vit
+    encoder = load_backbone("timm:test_vit", checkpoint=path)
+    x = torch.randn(2, 3, 160, 160)
+    with torch.no_grad(): assert_close(encoder(x), model.forward_features(x)[:, 0], atol=1e-5)
+    check_encoder(encoder)
+    assert encoder.text(["a cat"]) is None and encoder.proj is None
+    with pytest.raises(ValueError, match="no projection"): encoder.project(torch.zeros(1, encoder.width))
+
+
+def test_open_clip_file_gives_open_clip_features_and_captions(clip):
+    model, path = clip
+    encoder = load_backbone("open_clip:finessl-test-clip", checkpoint=path)
+    x, captions = torch.randn(2, 3, 32, 32), ["a photo of a cat", "a dog"]
+    tokens = open_clip.get_tokenizer("ViT-B-16")(captions)
+    with torch.no_grad():
+        assert_close(encoder.project(encoder(x)), model.encode_image(x), atol=1e-5)
+        assert_close(encoder.text(captions), model.encode_text(tokens, normalize=True), atol=1e-5)
+    assert encoder.mean == open_clip.OPENAI_DATASET_MEAN and encoder.proj.shape == (48, 24)
+    check_encoder(encoder)
+
+
+@pytest.mark.parametrize("wrap", [lambda d: d, lambda d: {"state_dict": d}, lambda d: {"epoch": 3, "model": {f"module.{k}": v for k, v in d.items()}},
+                                  lambda d: {f"model.{k}": v for k, v in d.items()}])
+def test_wrappings_of_a_training_checkpoint(vit, tmp_path, wrap):
+    model, path = vit
+    torch.save(wrap(model.state_dict()), tmp_path / "mine.pth")
+    assert load_backbone("timm:test_vit", checkpoint=tmp_path / "mine.pth").hash == load_backbone("timm:test_vit", checkpoint=str(path)).hash
+
+
+def test_image_tower_alone_has_no_captions(clip, tmp_path):
+    model, path = clip
+    save_file(model.visual.state_dict(), tmp_path / "tower.safetensors")
+    encoder, whole = (load_backbone("open_clip:finessl-test-clip", checkpoint=p) for p in (tmp_path / "tower.safetensors", path))
+    x = torch.randn(2, 3, 32, 32)
+    assert_close(encoder(x), whole(x), atol=0)
+    assert encoder.text(["a cat"]) is None and encoder.proj.shape == (48, 24)
+
+
+def test_open_clip_names_in_a_timm_model(tmp_path):
+    "OpenAI's image tower under timm's name gives the same feature."
+    torch.manual_seed(0)
+    tower = open_clip.CLIP(16, dict(image_size=224, patch_size=32, width=768, layers=12, head_width=64), dict(width=8, heads=1, layers=1, vocab_size=9), quick_gelu=True).visual.eval()
+    save_file({f"visual.{k}": v.contiguous() for k, v in tower.state_dict().items()}, tmp_path / "b32.safetensors")
+    encoder = load_backbone("timm:vit_base_patch32_clip_quickgelu_224", checkpoint=tmp_path / "b32.safetensors")
+    x = torch.randn(1, 3, 224, 224)
+    with torch.no_grad(): assert_close(encoder(x) @ tower.proj, tower(x), atol=1e-4)
+
+
+def test_wrong_files_are_named(vit, clip, tmp_path):
+    (model, path), (_, clip_path) = vit, clip
+    for name, file in (("timm:test_vit", clip_path), ("open_clip:finessl-test-clip", path), ("timm:vit_tiny_patch16_224", path)):
+        message = failure(name, checkpoint=file)
+        assert str(file) in message and name in message and ("missing, first '" in message or "has shape" in message)
+    weights = model.state_dict()
+    weights["blocks.0.mlp.fc1.weight"] = torch.zeros(3, 4)
+    save_file(weights, tmp_path / "shape.safetensors")
+    assert "'blocks.0.mlp.fc1.weight' has shape (3, 4) instead of" in failure("timm:test_vit", checkpoint=tmp_path / "shape.safetensors")
+    del weights["blocks.0.mlp.fc1.weight"]
+    save_file(weights | {"surprise": torch.zeros(1)}, tmp_path / "keys.safetensors")
+    message = failure("timm:test_vit", checkpoint=tmp_path / "keys.safetensors")
+    assert "1 missing, first 'blocks.0.mlp.fc1.weight'" in message and "1 not expected, first 'surprise'" in message
+
+
+@pytest.mark.parametrize("keep", [0, 4, 9, 200, .5, .999])
+@pytest.mark.parametrize("kind", ["safetensors", "pth"])
+def test_a_truncated_file_is_named(vit, tmp_path, keep, kind):
+    model, path = vit
+    whole = tmp_path / f"whole.{kind}"
+    save_file(model.state_dict(), whole) if kind == "safetensors" else torch.save(model.state_dict(), whole)
+    cut = tmp_path / f"cut.{kind}"
+    data = whole.read_bytes()
+    cut.write_bytes(data[:keep if isinstance(keep, int) else int(len(data) * keep)])
+    assert str(cut) in failure("timm:test_vit", checkpoint=cut)
+
+
+class Evil:
+    def __reduce__(self): return os.system, ("echo ran",)
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+def test_no_code_in_a_file_is_run(tmp_path, capfd):
+    for name, write in (("evil.pth", lambda p: torch.save({"w": Evil()}, p)), ("evil.pkl", lambda p: p.write_bytes(pickle.dumps(Evil()))),
+                        ("evil.safetensors", lambda p: torch.save({"w": Evil()}, p))):
+        write(tmp_path / name)
+        with pytest.raises(BackboneError, match=name): read_weights(tmp_path / name)
+    assert "ran" not in capfd.readouterr().out
+
+
+def test_other_files_and_folders(tmp_path):
+    (tmp_path / "picture.png").write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(100))
+    torch.save([1, 2], tmp_path / "list.pth")
+    for path in (tmp_path / "picture.png", tmp_path / "list.pth", tmp_path / "none.pth", tmp_path): assert str(path) in failure("pocket", checkpoint=path)
+    assert "checkpoint" in failure("pocket", checkpoint=True)
+
+
+@pytest.mark.parametrize("name, says", [
+    ("poket", "did you mean 'pocket'"), ("vit_tiny_patch16_224", "timm:NAME"), ("", "names are"),
+    ("timm:vit_tiny_patch16_244", "'vit_tiny_patch16_224'"), ("timm:vit_tiny_patch16_224.openai", "has no weights"),
+    ("open_clip:ViT-B-16-quikgelu/openai", "'ViT-B-16-quickgelu'"), ("open_clip:ViT-B-16-quickgelu/opnai", "'openai'"),
+    ("open_clip:ViT-B-16/openai", "use 'open_clip:ViT-B-16-quickgelu/openai'"), ("open_clip:ViT-B-16-quickgelu/laion2b_s34b_b88k", "no weights"),
+    ("timm:vit_base_patch16_clip_224.openai", "use 'timm:vit_base_patch16_clip_quickgelu_224.openai'"),
+    ("timm:eva02_tiny_patch14_224", "eva models"), ("timm:beit_base_patch16_224", "beit models"), ("timm:resnet18", "resnet models"),
+    ("timm:vit_relpos_small_patch16_224", "relpos models"), ("timm:vit_base_patch16_xp_224", "ParallelScalingBlock"),
+    ("timm:vit_medium_patch16_gap_256", "no class token"), ("timm:beit3_base_patch16_224", "pools by 'avg'"),
+    ("open_clip:RN50/openai", "ModifiedResNet"), ("open_clip:EVA02-B-16/merged2b_s8b_b131k", "Eva"), ("open_clip:coca_ViT-B-32/laion2b_s13b_b90k", "attention"),
+    ("open_clip:ViT-L-14-CLIPA/datacomp1b", "pools by 'avg'"), ("open_clip:ViT-B-16-SigLIP/webli", "no class token"), ("open_clip:ViT-B-16", "pretrained weights"),
+])
+def test_names_that_are_unknown_or_not_served(name, says):
+    assert says in failure(name)
+
+
+@pytest.mark.parametrize("size", [0, -32, 33, 4, 32., True, "32"])
+def test_image_size_must_fit_the_patch(size):
+    assert "multiple of 8" in failure("pocket", image_size=size)
+
+
+@pytest.mark.parametrize("name", ["timm:test_vit", "open_clip:finessl-test-clip"])
+def test_another_image_size(vit, clip, name):
+    path = vit[1] if name.startswith("timm") else clip[1]
+    native = load_backbone(name, checkpoint=path)
+    size = native.image_size * 2
+    large = load_backbone(name, checkpoint=path, image_size=size)
+    assert large.image_size == size
+    check_encoder(large)
+    check_vpt(VPT, large)
+    same = load_backbone(name, checkpoint=path, image_size=native.image_size)
+    assert same.hash == native.hash != large.hash
+
+
+def test_positions_keep_their_place(clip):
+    "Resized positions of a smooth grid are the smooth grid again, and the class token's is untouched."
+    model, path = clip
+    weights = load_file(path)
+    ramp = torch.linspace(0, 1, 4)
+    weights["visual.positional_embedding"][1:] = (ramp[:, None] + ramp)[..., None].expand(4, 4, 48).reshape(16, 48)
+    save_file(weights, path.parent / "ramp.safetensors")
+    large = load_backbone("open_clip:finessl-test-clip", checkpoint=path.parent / "ramp.safetensors", image_size=64).trunk.positional_embedding
+    grid = large[1:].view(8, 8, 48)[..., 0]
+    assert_close(large[0], weights["visual.positional_embedding"][0], atol=0)
+    assert (grid.diff(dim=0) > -.05).all() and (grid.diff(dim=1) > -.05).all() and abs(float(grid.mean()) - 1) < .02
+
+
+OFFLINE = """
+import sys, time, torch, timm, open_clip, huggingface_hub
+from finessl.backbone import BackboneError, load_backbone
+start = time.time()
+try: load_backbone(sys.argv[1])
+except BackboneError as error: print(f"{time.time() - start:.2f}|{error}")
+"""
+
+
+@pytest.mark.parametrize("endpoint", ["http://127.0.0.1:9", "http://10.255.255.1"])
+@pytest.mark.parametrize("name, file", [("timm:vit_tiny_patch16_224", "model.safetensors"), ("open_clip:ViT-B-16-quickgelu/openai", "open_clip_model.safetensors")])
+def test_no_network_is_said_within_five_seconds(tmp_path, endpoint, name, file):
+    env = os.environ | dict(HF_ENDPOINT=endpoint, HF_HOME=str(tmp_path), HF_HUB_CACHE=str(tmp_path), OMP_NUM_THREADS="1", no_proxy="*")
+    env.pop("HF_HUB_OFFLINE", None)
+    out = subprocess.run([sys.executable, "-c", OFFLINE, name], env=env, capture_output=True, text=True, timeout=300)
+    assert out.returncode == 0, out.stderr
+    seconds, message = out.stdout.strip().split("|", 1)
+    assert float(seconds) < 5
+    assert name in message and file in message and endpoint in message and "checkpoint=" in message and "\n" not in message
+
+
+def test_importing_the_module_imports_neither_library():
+    code = "import sys, finessl.backbone, finessl.peft; print([m for m in ('timm', 'open_clip', 'torchvision', 'transformers') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+
+
+def test_random_weights_follow_the_seed():
+    hashes = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        hashes.append(load_backbone("pocket", checkpoint=False).hash)
+    assert hashes[0] == hashes[1] != hashes[2]
+
+
+@pytest.mark.parametrize("kind", tiny_kinds())
+def test_every_kind(kind):
+    encoder = tiny_encoder(kind)
+    check_encoder(encoder)
+    check_vpt(VPT, encoder)
+    check_vpt(PlainVPT, encoder)
+
+
+def test_encoder_is_unchanged_by_training_and_survives_a_copy():
+    import copy
+    encoder = tiny_encoder("open_clip, LayerScale")
+    model = Model(VPT(encoder, 4, seed=0), CosineHead(encoder.width, 3, seed=0)).train()
+    before, prompts = encoder.hash, model.features.prompts.detach().clone()
+    x, y = torch.randn(6, 3, 32, 32), torch.arange(6) % 3
+    twin = copy.deepcopy(model)
+    sgd = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=.1, momentum=.9, weight_decay=.01)
+    for _ in range(5):
+        sgd.zero_grad()
+        torch.nn.functional.cross_entropy(model(x), y).backward()
+        sgd.step()
+    assert encoder.hash == before and not torch.equal(model.features.prompts, prompts)
+    twin.features.prompts.data.copy_(model.features.prompts.data)
+    twin.head.load_state_dict(model.head.state_dict())
+    assert_close(twin(x), model(x), atol=1e-5)                 # the copy's blocks belong to the copy
+    twin.features.encoder.model.visual.transformer.resblocks[0].mlp.c_fc.weight.data.zero_()
+    assert encoder.hash == before and float((twin(x) - model(x)).detach().abs().max()) > 1e-3
+
+
+def test_half_precision_keeps_up():
+    "Under bf16 autocast, features stay within bf16's precision of the float32 ones."
+    encoder = load_backbone("pocket")
+    x = torch.randn(4, 3, 32, 32)
+    vpt = VPT(encoder, 8, seed=0)
+    with torch.no_grad():
+        exact = vpt(x)
+        with torch.autocast("cpu", torch.bfloat16): rough = vpt(x)
+    assert float((rough.float() - exact).abs().max() / exact.abs().max()) < .05
+
+
+def test_byte_tokens_reach_the_text_tower():
+    pocket = load_backbone("pocket")
+    text = pocket.text(["a seven", "an eight", "a seven"])
+    assert text.shape == (3, 64)
+    assert_close(text.norm(dim=1), [1., 1., 1.])
+    assert_close(text[0], text[2], atol=1e-6)
+    assert float(text[0] @ text[1]) < .999
+    assert byte_tokens(["a seven"]).shape == (1, 32)
