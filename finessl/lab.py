@@ -8,6 +8,8 @@ __all__ = ['COLOURS', 'CachedView', 'encode', 'LabRun', 'reference_run', 'Lab', 
            'against']
 
 # %% ../nbs/06_lab.ipynb #8f2516bf
+import json
+from importlib import resources
 from types import MappingProxyType
 from typing import NamedTuple
 import numpy as np
@@ -187,13 +189,14 @@ def raw_probe(lab: Lab, n_per_class: int, seed: int, known: int|None = None) -> 
 @torch.no_grad()
 def zero_shot(
     lab: Lab, n_per_class: int, seed: int, known: int|None = None,
-    template: str = "a photo of a digit {}" # caption of a class
+    templates: list[str]|None = None # captions of a class, {} for its name; None: the pocket encoder's
 ) -> LabRun:
-    "The text tower's class for every image, without a label or a step (CLIP; Radford et al. 2021)."
+    "The text tower's class for every image, without a label or a step; captions averaged (CLIP; Radford et al. 2021, section 3.1.4)."
     ds = lab.split(n_per_class, seed, known)
-    text = lab.encoder.text([template.format(c) for c in ds.classes])
-    if text is None: raise ValueError(f"{lab.encoder.name} has no text tower: zero-shot needs one")
-    z = lab.encoder.model.logit_scale.exp() * F.normalize(lab.encoder.project(lab.feat), dim=-1) @ text.T
+    if lab.encoder.tokenizer is None: raise ValueError(f"{lab.encoder.name} has no text tower: zero-shot needs one")
+    templates = templates or json.loads((resources.files("finessl") / "weights" / "pocket.json").read_text())["templates"]
+    text = torch.stack([lab.encoder.text([t.format(c) for t in templates]).mean(0) for c in ds.classes])
+    z = lab.encoder.model.logit_scale.exp() * F.normalize(lab.encoder.project(lab.feat), dim=-1) @ F.normalize(text, dim=-1).T
     return reference_run("zero-shot", z[ds.x_ulb], z[ds.x_test], ds)
 
 # %% ../nbs/06_lab.ipynb #6ff761b5
