@@ -359,6 +359,7 @@ def _fetch(source):
     bring = f"bring the file {source.files[0]} from {where} and pass its path as checkpoint=, or use 'pocket', which needs no download"
     for file in source.files:
         if not constants.HF_HUB_OFFLINE: answer = _answer(f"{where}/resolve/main/{file}")
+        if isinstance(answer, str): break # nobody there
         if answer != 200: continue
         try: return hf_hub_download(source.repo, file)
         except Exception as error: raise BackboneError(f"the download of {file} for {source.name} broke off ({type(error).__name__}); {bring}") from error

@@ -85,7 +85,7 @@ def vpt_flops(
     exact: bool = True, # the cheaper form; False: the plain one
     batch: int = 1 # images that share the prompts' keys and values
 ) -> float: # floating point operations per image in a forward pass, stem and blocks
-    "Operations of VPT-deep in matrix products and attention, counted from shapes (2 per multiplication)."
+    "Operations of VPT-deep in matrix products and attention, 2 per multiplication, from shapes alone (a hybrid stem's own layers left out)."
     trunk, size, P, total = encoder.trunk, encoder.image_size, n_prompts, 0.
     stem = trunk.patch_embed.proj if encoder.is_timm else trunk.conv1
     T = (size // encoder.patch_size) ** 2 + (trunk.num_prefix_tokens if encoder.is_timm else 1)

@@ -195,25 +195,63 @@ def test_positions_keep_their_place(clip):
     assert (grid.diff(dim=0) > -.05).all() and (grid.diff(dim=1) > -.05).all() and abs(float(grid.mean()) - 1) < .02
 
 
-OFFLINE = """
+ASK = """
 import sys, time, torch, timm, open_clip, huggingface_hub
 from finessl.backbone import BackboneError, load_backbone
-start = time.time()
-try: load_backbone(sys.argv[1])
-except BackboneError as error: print(f"{time.time() - start:.2f}|{error}")
+for name in sys.argv[1:]:
+    start = time.time()
+    try: print(f"hash|{load_backbone(name).hash}")
+    except BackboneError as error: print(f"{time.time() - start:.2f}|{error}")
 """
 
 
-@pytest.mark.parametrize("endpoint", ["http://127.0.0.1:9", "http://10.255.255.1"])
-@pytest.mark.parametrize("name, file", [("timm:vit_tiny_patch16_224", "model.safetensors"), ("open_clip:ViT-B-16-quickgelu/openai", "open_clip_model.safetensors")])
-def test_no_network_is_said_within_five_seconds(tmp_path, endpoint, name, file):
-    env = os.environ | dict(HF_ENDPOINT=endpoint, HF_HOME=str(tmp_path), HF_HUB_CACHE=str(tmp_path), OMP_NUM_THREADS="1", no_proxy="*")
-    env.pop("HF_HUB_OFFLINE", None)
-    out = subprocess.run([sys.executable, "-c", OFFLINE, name], env=env, capture_output=True, text=True, timeout=300)
+def ask(names, **env):
+    "Load encoders in a process with an empty cache and a hub of our own; what it says of each."
+    env = {k: v for k, v in os.environ.items() if k not in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")} | env | dict(OMP_NUM_THREADS="1", no_proxy="*")
+    out = subprocess.run([sys.executable, "-c", ASK, *names], env=env, capture_output=True, text=True, timeout=300)
     assert out.returncode == 0, out.stderr
-    seconds, message = out.stdout.strip().split("|", 1)
-    assert float(seconds) < 5
-    assert name in message and file in message and endpoint in message and "checkpoint=" in message and "\n" not in message
+    return [line.split("|", 1) for line in out.stdout.strip().splitlines()]
+
+
+@pytest.mark.parametrize("env, why", [(dict(HF_ENDPOINT="http://127.0.0.1:9"), "refused"), (dict(HF_ENDPOINT="http://10.255.255.1"), ""),
+                                      (dict(HF_HUB_OFFLINE="1"), "HF_HUB_OFFLINE is set")])
+def test_no_network_is_said_within_five_seconds(tmp_path, env, why):
+    files = {"timm:vit_tiny_patch16_224": "model.safetensors", "open_clip:ViT-B-16-quickgelu/openai": "open_clip_model.safetensors"}
+    for (seconds, message), (name, file) in zip(ask(files, HF_HOME=str(tmp_path), **env), files.items(), strict=True):
+        assert float(seconds) < 5
+        for part in (name, file, env.get("HF_ENDPOINT", "https://"), "checkpoint=", why): assert part in message
+
+
+@pytest.fixture
+def hub(vit):
+    "A hub on this machine that holds one file."
+    import http.server, threading
+    files = {"/timm/test_vit.r160_in1k/resolve/main/model.safetensors": vit[1].read_bytes()}
+
+    class Hub(http.server.BaseHTTPRequestHandler):
+        def do_HEAD(self):
+            data = files.get(self.path)
+            self.send_response(404 if data is None else 200)
+            for k, v in (("ETag", '"abc"'), ("X-Repo-Commit", "0" * 40), ("Content-Length", str(len(data or b"")))): self.send_header(k, v)
+            self.end_headers()
+            return data
+        def do_GET(self):
+            if data := self.do_HEAD(): self.wfile.write(data)
+        def log_message(self, *args): pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+def test_download_then_cache(vit, hub, tmp_path):
+    "Weights come from the hub once, then from the cache without a network; a file that the hub lacks is said to lack."
+    first, lacking = ask(["timm:test_vit", "timm:vit_tiny_patch16_224"], HF_ENDPOINT=hub, HF_HOME=str(tmp_path))
+    assert first == ["hash", load_backbone("timm:test_vit", checkpoint=vit[1]).hash]
+    assert "404" in lacking[1]
+    assert ask(["timm:test_vit"], HF_ENDPOINT="http://127.0.0.1:9", HF_HOME=str(tmp_path)) == [first]
 
 
 def test_importing_the_module_imports_neither_library():
