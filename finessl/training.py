@@ -5,13 +5,16 @@
 # %% auto #0
 __all__ = ['EPOCHS', 'short', 'paper', 'LABELLED', 'UNLABELLED', 'VIEW_LB', 'VIEW_WEAK', 'VIEW_STRONG', 'CHECKPOINT',
            'POOL_IMAGES', 'Step', 'LabelledOnly', 'FixMatch', 'Schedule', 'lr_at', 'labelled_indices', 'on_device',
-           'step_images', 'forward', 'TrainingError', 'Guard', 'logits_of', 'autocast', 'summary', 'write_atomic',
-           'write_json', 'read_records', 'environment', 'folder_lock', 'Interrupt', 'Run', 'trained_state',
-           'build_model', 'load_run', 'default_device', 'Meter', 'save_checkpoint', 'read_checkpoint', 'restore',
-           'describe', 'split_of', 'optimizer_of', 'evaluate', 'fit', 'train', 'postfix', 'finish']
+           'ahead', 'side_stream', 'on_stream', 'arrived', 'step_images', 'forward', 'TrainingError', 'Guard',
+           'logits_of', 'autocast', 'summary', 'write_atomic', 'write_json', 'read_records', 'environment',
+           'folder_lock', 'Interrupt', 'Run', 'trained_state', 'build_model', 'load_run', 'default_device', 'Meter',
+           'save_checkpoint', 'read_checkpoint', 'restore', 'describe', 'split_of', 'optimizer_of', 'evaluate',
+           'train_step', 'compiled', 'depth_for', 'fit', 'train', 'postfix', 'finish']
 
 # %% ../nbs/05_training.ipynb #f869d55e
-import contextlib, dataclasses, hashlib, json, math, os, platform, signal, subprocess, sys, threading, time
+import contextlib, dataclasses, functools, hashlib, json, math, os, platform, signal, subprocess, sys, threading, time
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 import torch
@@ -88,7 +91,7 @@ class Schedule(NamedTuple):
 
 EPOCHS = 30 # of the paper; an epoch is a thirtieth of the schedule
 
-short = Schedule(300)
+short = Schedule(200)
 paper = Schedule(15_000, decay="epoch", clear_every=500)
 
 def lr_at(
@@ -126,11 +129,53 @@ def on_device(
     x: Tensor|ImageFiles, # uint8 (N, 3, H, W), or a list of files
     device
 ): # a function: (B,) int64 on the CPU -> (B, 3, H, W) uint8 on the device
-    "Move the images to the device once (a tensor) or batch by batch (files)."
+    "Move the images to the device once (a tensor) or batch by batch (files, through pinned memory where the device is a GPU)."
     if isinstance(x, Tensor):
         x = x.to(device)
         return lambda idx: x[idx.to(device, non_blocking=True)]
+    if torch.device(device).type == "cuda": return lambda idx: x[idx].pin_memory().to(device, non_blocking=True)
     return lambda idx: x[idx].to(device, non_blocking=True)
+
+# %% ../nbs/05_training.ipynb #6f4e711e
+def ahead(
+    make, # t -> dict of tensors; a function of t alone, called from other threads
+    steps, # the values of t, in order
+    depth: int = 2, # at most so many are made in advance; 0: each when it is asked for
+    device="cpu"
+): # iterator over make(t)
+    "What `map(make, steps)` gives, made in advance."
+    if depth < 0: raise ValueError(f"depth must be >= 0, got {depth}")
+    if depth == 0: yield from map(make, steps)
+    else:
+        stream, waiting, pool = side_stream(device), deque(), ThreadPoolExecutor(depth, "ahead")
+        try:
+            for t in steps:
+                waiting.append(pool.submit(on_stream, stream, make, t))
+                if len(waiting) > depth: yield arrived(device, *waiting.popleft().result())
+            while waiting: yield arrived(device, *waiting.popleft().result())
+        finally: pool.shutdown(cancel_futures=True)
+
+# %% ../nbs/05_training.ipynb #7d365cae
+def side_stream(device):
+    "A stream that starts after what the device has been given so far; None where there are no streams."
+    if torch.device(device).type != "cuda": return None
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    return stream
+
+def on_stream(stream, make, t): # -> make(t), an event that says when it is ready
+    "Call `make` so that its work goes to `stream`."
+    if stream is None: return make(t), None
+    with torch.cuda.stream(stream): return make(t), stream.record_event()
+
+def arrived(device, images: dict, event) -> dict: # images
+    "Let the device, not the host, wait for what another stream makes."
+    if event is None: return images
+    here = torch.cuda.current_stream(device)
+    here.wait_event(event)
+    for v in images.values():
+        if v.is_cuda: v.record_stream(here)
+    return images
 
 # %% ../nbs/05_training.ipynb #9f5e3e1f
 def step_images(
@@ -154,18 +199,19 @@ def step_images(
 # %% ../nbs/05_training.ipynb #bcb18f2d
 def forward(
     model: Model, images: dict, # see step_images
-    algorithm, device
+    algorithm, device,
+    features=None # what to call for features, such as a compiled form; None: model.features
 ) -> Step:
     "Logits of both heads; the weak views without gradient, the auxiliary head on detached features."
-    B, aux = len(images["x_lb"]), "aux" in algorithm.needs
+    B, aux, features = len(images["x_lb"]), "aux" in algorithm.needs, features or model.features
     x = torch.cat([images["x_lb"], images["x_s"]]) if "x_s" in images else images["x_lb"]
-    feat = model.features(x)
+    feat = features(x)
     z = model.head(feat).float()
     a = model.aux_head(feat.detach() if algorithm.detach_aux else feat).float() if aux else None
     z_w = a_w = None
     if "x_w" in images:
         with torch.no_grad():
-            feat_w = model.features(images["x_w"])
+            feat_w = features(images["x_w"])
             z_w = model.head(feat_w).float()
             a_w = model.aux_head(feat_w).float() if aux else None
     cut = lambda t: (None, None) if t is None else (t[:B], t[B:] if "x_s" in images else None)
@@ -469,6 +515,31 @@ def evaluate(model, dataset: Dataset, plain, device, precision: str = "float32")
     return out, z
 
 # %% ../nbs/05_training.ipynb #4a0981a9
+def train_step(model: Model, images: dict, algorithm, state: dict, optimizer, guard: Guard, meter: Meter, t: int, lr: float, device,
+               precision: str = "float32", logits=forward # logits: `forward`, or another form of it
+) -> Tensor: # the loss, on the device
+    "Step `t` of a run, with images from `step_images`."
+    with autocast(device, precision): step = logits(model, images, algorithm, device)
+    loss, metrics = algorithm(step, state)
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    guard.mask(loss, t, optimizer)
+    for g in optimizer.param_groups: g["lr"] = lr
+    optimizer.step()
+    meter.add(loss, metrics, step.idx_ulb)
+    return loss.detach()
+
+# %% ../nbs/05_training.ipynb #8b2486ee
+def compiled(features: nn.Module, how: bool|str = True): # how: True, or a mode of torch.compile
+    "`features` compiled for fixed shapes."
+    return torch.compile(features, dynamic=False, mode=None if how is True else how)
+
+def depth_for(dataset: Dataset, device) -> int:
+    "Steps to make images for in advance: on a CPU that has them in memory none, because views and step want the same cores."
+    files = any(isinstance(x, ImageFiles) for x in (dataset.x_lb, dataset.x_ulb))
+    return 2 if files or torch.device(device).type != "cpu" else 0
+
+# %% ../nbs/05_training.ipynb #e45043b3
 def fit(
     dataset: Dataset, # images and labels; see the data notebook
     backbone, # an encoder, or a name for load_backbone
@@ -485,6 +556,8 @@ def fit(
     labelled: str = "all", # "release": drop labelled images as the released loader does
     device=None, # None: cuda, else mps, else cpu
     precision: str = "float32", # or "bf16"
+    depth: int|None = None, # steps whose images are made in advance; None: 2 on a GPU or with files, else 0
+    compile: bool|str|None = None, # torch.compile for the encoder: True, a mode of it, or False; None: on CUDA
     evals: int = 10, # evaluations, evenly spaced, the last at the end; none is ever selected
     out=None, # folder for record, model and checkpoints; None: nothing is written
     checkpoint_every: int|None = None, # steps
@@ -507,25 +580,26 @@ def fit(
                 "views": {"weak": describe(views.weak), "strong": describe(views.strong)}, "image_size": views.size, "mean": list(views.mean), "std": list(views.std), "schedule": schedule._asdict(),
                 "batch": batch, "mu": mu, "momentum": momentum, "weight_decay": weight_decay, "seed": seed, "init_seed": init_seed,
                 "labelled": labelled, "precision": precision, "evals": evals}
-    model = build_model(encoder, len(dataset.classes), peft, n_prompts, init_seed).to(device)
+    model, compile = build_model(encoder, len(dataset.classes), peft, n_prompts, init_seed).to(device), device.type == "cuda" if compile is None else compile
     with contextlib.ExitStack() as stack:
         folder = None if out is None else Path(out)
         if folder is not None:
             stack.enter_context(folder_lock(folder))
             if (folder / "record.json").exists() and not overwrite: raise TrainingError(f"{folder} holds a finished run; name another folder, or remove it")
-        record = settings | train(model, dataset, views, algorithm, settings, schedule, device, folder, checkpoint_every, resume, progress)
-        record |= environment(device) | {"checkpoint": getattr(encoder, "checkpoint", None), "command": command}
+        record = settings | train(model, dataset, views, algorithm, settings, schedule, device, folder, checkpoint_every, resume, progress, depth, compile)
+        record |= environment(device) | {"compile": compile, "checkpoint": getattr(encoder, "checkpoint", None), "command": command}
         run = Run(model.eval(), record, views.plain, device)
         if folder is not None:
             run.save(folder)
             for name in (CHECKPOINT, f"previous-{CHECKPOINT}"): (folder / name).unlink(missing_ok=True)
     return run
 
-# %% ../nbs/05_training.ipynb #8b2486ee
+# %% ../nbs/05_training.ipynb #d47d78cf
 def train(model: Model, dataset: Dataset, views: Views, algorithm, settings: dict, schedule: Schedule, device,
-          folder: Path|None = None, checkpoint_every: int|None = None, resume: bool = False, progress: bool|None = None
+          folder: Path|None = None, checkpoint_every: int|None = None, resume: bool = False, progress: bool|None = None,
+          depth: int|None = None, compile: bool|str = False
 ) -> dict: # evaluations, per-class accuracy, confusion, seconds, resumes
-    "The loop of `fit`: draw, forward, algorithm, backward, guarded update, count."
+    "The loop of `fit`: draw, step, evaluate now and then, keep what a resume needs."
     s, steps = settings, schedule.steps
     optimizer = optimizer_of(model, schedule, s["momentum"], s["weight_decay"])
     state, meter, guard = algorithm.init(len(dataset.x_ulb), len(dataset.classes), device), Meter(dataset.y_ulb, device), Guard(device)
@@ -535,22 +609,17 @@ def train(model: Model, dataset: Dataset, views: Views, algorithm, settings: dic
         log, start = c["log"], c["step"]
         log["resumes"].append({"step": start, "passed_over": c["passed_over"]})
     lb, ulb = on_device(dataset.x_lb, device), on_device(dataset.x_ulb, device)
+    make = lambda t: step_images(dataset, views, algorithm, lb, ulb, s["seed"], t, s["batch"], s["mu"], schedule, s["labelled"])
+    logits = functools.partial(forward, features=compiled(model.features, compile)) if compile else forward
+    images = ahead(make, range(start, steps), depth_for(dataset, device) if depth is None else depth, device)
     eval_at, show_every = {math.ceil(steps * i / s["evals"]) for i in range(1, s["evals"] + 1)}, max(1, steps // 50)
     bar = tqdm(total=steps, initial=start, disable=None if progress is None else not progress, desc=type(algorithm).__name__, leave=True)
     save = lambda t: save_checkpoint(folder, t, model, optimizer, state, meter, guard, log, settings)
     clock = time.perf_counter()
-    with bar, Interrupt() as interrupt:
+    with bar, Interrupt() as interrupt, contextlib.closing(images):
         for t in range(start, steps):
             if schedule.clear_every and t and t % schedule.clear_every == 0 and hasattr(algorithm, "clear"): algorithm.clear(state)
-            images = step_images(dataset, views, algorithm, lb, ulb, s["seed"], t, s["batch"], s["mu"], schedule, s["labelled"])
-            with autocast(device, s["precision"]): step = forward(model, images, algorithm, device)
-            loss, metrics = algorithm(step, state)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            guard.mask(loss, t, optimizer)
-            for g in optimizer.param_groups: g["lr"] = lr_at(schedule, t)
-            optimizer.step()
-            meter.add(loss, metrics, step.idx_ulb)
+            train_step(model, next(images), algorithm, state, optimizer, guard, meter, t, lr_at(schedule, t), device, s["precision"], logits)
             done = t + 1
             if done in eval_at:
                 guard.check()
