@@ -429,10 +429,10 @@ def load_weights(
     weights = read_weights(path)
     if hasattr(model, "visual") and not any("token_embedding" in k or k.startswith("text") for k in weights):
         model = nn.ModuleDict({"visual": model.visual})
-    try: weights = (_as_open_clip if hasattr(model, "visual") else _as_timm)(weights, model)
-    except (RuntimeError, KeyError, ValueError, AssertionError, IndexError, TypeError) as error:
-        raise BackboneError(f"{path} does not fit {name}: its tensors have other names or shapes ({type(error).__name__})") from error
-    if misfit := _misfit(weights, model.state_dict()): raise BackboneError(f"{path} does not fit {name}: {misfit}")
+    adapt, wanted = _as_open_clip if hasattr(model, "visual") else _as_timm, model.state_dict()
+    try: misfit = _misfit(weights := adapt(dict(raw := weights), model), wanted)
+    except (RuntimeError, KeyError, ValueError, AssertionError, IndexError, TypeError): misfit = _misfit(raw, wanted) or "other shapes"
+    if misfit: raise BackboneError(f"{path} does not fit {name}: {misfit}")
     model.load_state_dict(weights)
     return model
 

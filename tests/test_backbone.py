@@ -103,7 +103,7 @@ def test_open_clip_names_in_a_timm_model(tmp_path):
 
 def test_wrong_files_are_named(vit, clip, tmp_path):
     (model, path), (_, clip_path) = vit, clip
-    for name, file in (("timm:test_vit", clip_path), ("open_clip:finessl-test-clip", path), ("timm:vit_tiny_patch16_224", path)):
+    for name, file in (("timm:test_vit", clip_path), ("timm:deit_tiny_distilled_patch16_224", path), ("open_clip:finessl-test-clip", path), ("timm:vit_tiny_patch16_224", path)):
         message = failure(name, checkpoint=file)
         assert str(file) in message and name in message and ("missing, first '" in message or "has shape" in message)
     weights = model.state_dict()
