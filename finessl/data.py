@@ -396,7 +396,8 @@ def holdout(
 def _permutation(seed: int, stream: int, epoch: int, n: int) -> Tensor:
     return torch.from_numpy(_random_state(seed, stream, epoch, 1).permutation(n)).long()
 
-_kept_permutation = functools.lru_cache(maxsize=4)(_permutation)
+_large_permutation = functools.lru_cache(maxsize=4)(_permutation)
+_small_permutation = functools.lru_cache(maxsize=1024)(_permutation) # runs on one split draw the same ones
 
 def batch_indices(
     seed: int, # the run's seed
@@ -407,7 +408,7 @@ def batch_indices(
 ) -> Tensor: # (batch,) int64, in [0, n)
     "Images of one step: places step·batch … of an endless row of permutations. Stateless; no image is ever dropped."
     if n < 1 or batch < 1 or step < 0: raise DataError(f"needs n >= 1, batch >= 1, step >= 0, got {n=}, {batch=}, {step=}")
-    permutation = _kept_permutation if n > 4096 else _permutation # the small ones cost nothing and would evict the large
+    permutation = _large_permutation if n > 4096 else _small_permutation
     first, last = step * batch // n, (step * batch + batch - 1) // n
     row = torch.cat([permutation(seed, stream, e, n) for e in range(first, last + 1)]) if last > first \
         else permutation(seed, stream, first, n)
