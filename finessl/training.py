@@ -258,7 +258,7 @@ def logits_of(
 def autocast(device, precision: str):
     "bf16 autocast on any device, or nothing for float32."
     if precision not in ("float32", "bf16"): raise ValueError(f'precision must be "float32" or "bf16", got {precision!r}')
-    return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == "bf16")
+    return torch.autocast(torch.device(device).type, torch.bfloat16) if precision == "bf16" else contextlib.nullcontext()
 
 # %% ../nbs/05_training.ipynb #0fa10ef4
 def summary(
@@ -531,8 +531,13 @@ def train_step(model: Model, images: dict, algorithm, state: dict, optimizer, gu
 
 # %% ../nbs/05_training.ipynb #8b2486ee
 def compiled(features: nn.Module, how: bool|str = True): # how: True, or a mode of torch.compile
-    "`features` compiled for fixed shapes."
-    return torch.compile(features, dynamic=False, mode=None if how is True else how)
+    "`features` compiled for fixed shapes; with CUDA graphs, a call with gradient opens a step."
+    f = torch.compile(features, dynamic=False, mode=None if how is True else how)
+    if how not in ("reduce-overhead", "max-autotune"): return f
+    def opening(x):
+        if torch.is_grad_enabled(): torch.compiler.cudagraph_mark_step_begin() # what the graphs of the last step gave may be overwritten
+        return f(x)
+    return opening
 
 def depth_for(dataset: Dataset, device) -> int:
     "Steps to make images for in advance: on a CPU that has them in memory none, because views and step want the same cores."
