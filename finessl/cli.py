@@ -198,6 +198,7 @@ def train(args):
     say = (lambda text: None) if args.quiet else lambda text: print(text, flush=True)
     device, dataset, algorithm = device_of(args.device), dataset_of(args), algorithm_of(args)
     encoder = load_backbone(args.backbone, args.checkpoint, args.image_size)
+    encoder.checkpoint = args.checkpoint                       # into the record, for `predict`
     skipped = f" ({dataset.split.skipped} unreadable files left out)" if dataset.split.skipped else ""
     say(f"{args.data}: {len(dataset.classes)} classes, {len(dataset.x_lb)} labelled images, {len(dataset.x_ulb)} in the pool, {len(dataset.x_test)} for the test{skipped}")
     run = fit(dataset, encoder, algorithm, args.peft, args.prompts or 8, schedule=Schedule(args.steps, args.lr), batch=args.batch, mu=args.mu,
@@ -275,7 +276,7 @@ def predict(args):
     run, files = load_run(args.folder, args.checkpoint, device_of(args.device)), image_files(args.images)
     parts, read = [], []
     for i in range(0, len(files), 256):
-        x, some = read_images(files[i:i + 256], run.record["image_size"], args.skip_unreadable)
+        x, some = read_images(files[i:i + 256], run.record["read_size"], args.skip_unreadable)
         read += some
         if some: parts.append(run.predict(x))
     if not read: raise UsageError(f"none of the {len(files)} files can be read")
@@ -441,5 +442,5 @@ def how_to_go_on(stopped: str, argv: list[str], args) -> str:
     "After Ctrl-C: what is kept, and the command that goes on from there."
     again = shlex.join([*program().split(), *(a for a in argv if a != "--resume")])
     if argv[0] != "train": return f"stopped; nothing unfinished is kept; start again with: {again}"
-    if not any(args.out.glob("*checkpoint.pt")): return f"stopped before the first step, nothing was lost; start again with: {again}"
+    if not any(args.out.glob("*checkpoint.pt")): return f"stopped before the first checkpoint; start again with: {again}"
     return f"{stopped or 'stopped at once, the last checkpoint is kept'}; go on with: {again} --resume"

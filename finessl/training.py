@@ -8,8 +8,8 @@ __all__ = ['EPOCHS', 'short', 'paper', 'LABELLED', 'UNLABELLED', 'VIEW_LB', 'VIE
            'ahead', 'side_stream', 'on_stream', 'arrived', 'step_images', 'forward', 'TrainingError', 'Guard',
            'logits_of', 'autocast', 'summary', 'write_atomic', 'write_json', 'read_records', 'environment',
            'folder_lock', 'Interrupt', 'Run', 'trained_state', 'build_model', 'load_run', 'default_device', 'Meter',
-           'save_checkpoint', 'read_checkpoint', 'restore', 'describe', 'split_of', 'optimizer_of', 'evaluate',
-           'train_step', 'compiled', 'depth_for', 'fit', 'train', 'postfix', 'finish']
+           'save_checkpoint', 'differences', 'surroundings', 'read_checkpoint', 'restore', 'describe', 'split_of',
+           'optimizer_of', 'evaluate', 'train_step', 'compiled', 'depth_for', 'fit', 'train', 'postfix', 'finish']
 
 # %% ../nbs/05_training.ipynb #f869d55e
 import contextlib, dataclasses, functools, hashlib, json, math, os, platform, signal, subprocess, sys, threading, time
@@ -328,6 +328,7 @@ def folder_lock(folder: Path):
                 fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise TrainingError(f"another run is writing to {folder}; give this one a folder of its own") from None
+        for half in folder.glob(".*.tmp"): half.unlink()       # of a process killed while it wrote
         yield
     finally: f.close()
 
@@ -364,7 +365,7 @@ class Run:
         images: Tensor|ImageFiles|list # uint8 (N, 3, H, W), an ImageFiles, or a list of image files
     ) -> Tensor: # (N, C) float32 probabilities
         "Class probabilities of new images."
-        if isinstance(images, (list, tuple)): images = ImageFiles(images, self.record["image_size"])
+        if isinstance(images, (list, tuple)): images = ImageFiles(images, self.record["read_size"])
         return logits_of(self.model, images, self.plain, self.device).softmax(1)
 
     def save(self, folder):
@@ -402,6 +403,7 @@ def load_run(
     record = json.loads((folder / "record.json").read_text(encoding="utf-8"))
     device = device or default_device()
     encoder = load_backbone(record["backbone"], checkpoint or record["checkpoint"], record["image_size"])
+    if encoder.hash != record["backbone_hash"]: raise ValueError(f"{record['backbone']} has other weights here (hash {encoder.hash}) than in {folder} ({record['backbone_hash']}): name the file that the run was trained with as checkpoint")
     model = build_model(encoder, len(record["classes"]), record["peft"], record["n_prompts"])
     trained = load_file(folder / "model.safetensors")
     if trained.keys() != trained_state(model).keys(): raise ValueError(f"{folder / 'model.safetensors'} does not fit its record: {sorted(trained.keys() ^ trained_state(model).keys())}")
@@ -440,10 +442,11 @@ class Meter:
 # %% ../nbs/05_training.ipynb #e4357d23
 CHECKPOINT = "checkpoint.pt"
 
-def save_checkpoint(folder: Path, step: int, model, optimizer, state: dict, meter: Meter, guard: Guard, log: dict, settings: dict):
+def save_checkpoint(folder: Path, step: int, model, optimizer, state: dict, meter: Meter, guard: Guard, log: dict, settings: dict,
+                    here: dict): # see surroundings
     "Write everything that step `step` needs, atomically; the checkpoint before it is kept beside it."
     guard.check()
-    content = {"step": step, "settings": json.dumps(settings, sort_keys=True), "log": json.dumps(log), "meter": meter.sums,
+    content = {"step": step, "settings": json.dumps(settings, sort_keys=True), "log": json.dumps(log), "surroundings": json.dumps(here), "meter": meter.sums,
                "model": trained_state(model), "optimizer": optimizer.state_dict(),
                "state": {k: v.state_dict() if hasattr(v, "state_dict") else v for k, v in state.items()}}
     path = folder / CHECKPOINT
@@ -451,6 +454,19 @@ def save_checkpoint(folder: Path, step: int, model, optimizer, state: dict, mete
         torch.save(content, tmp)
         if path.exists(): os.replace(path, folder / f"previous-{CHECKPOINT}")
     write_atomic(path, write)
+
+def differences(old: dict, new: dict, under: str = "") -> list[str]: # e.g. "schedule.lr: 0.03 there, 0.1 here"
+    "What differs between two settings, by name."
+    out = []
+    for k in sorted(old | new):
+        a, b = old.get(k), new.get(k)
+        if isinstance(a, dict) and isinstance(b, dict): out += differences(a, b, f"{under}{k}.")
+        elif a != b: out.append(f"{under}{k}: {a!r} there, {b!r} here")
+    return out
+
+def surroundings(device) -> dict:
+    "What must be equal for a resume to be exact to the bit: device, threads, versions."
+    return {k: v for k, v in environment(device).items() if k in ("device", "threads", "versions")}
 
 def read_checkpoint(folder: Path, settings: dict, device): # -> its content, or None where there is no checkpoint
     "The newest checkpoint that can be read; a torn one is passed over for the one before it, a foreign one refused."
@@ -462,9 +478,8 @@ def read_checkpoint(folder: Path, settings: dict, device): # -> its content, or 
             errors.append(f"{path.name} cannot be read ({type(e).__name__})")
             continue
         if not isinstance(c, dict) or "settings" not in c: raise TrainingError(f"{path} is not a checkpoint of finessl")
-        old, new = json.loads(c["settings"]), json.loads(json.dumps(settings))
-        differ = [f"{k}: {old.get(k)!r} there, {new.get(k)!r} here" for k in sorted(old | new) if old.get(k) != new.get(k)]
-        if differ: raise TrainingError(f"{path} belongs to another run ({'; '.join(differ)})")
+        if differ := differences(json.loads(c["settings"]), json.loads(json.dumps(settings))):
+            raise TrainingError(f"{path} belongs to another run ({'; '.join(differ)})")
         return c | {"log": json.loads(c["log"]), "passed_over": errors}
     if errors: raise TrainingError(f"no checkpoint in {folder} can be read: {'; '.join(errors)}")
     return None
@@ -578,11 +593,12 @@ def fit(
         if v < 1: raise ValueError(f"{name} must be >= 1, got {v}")
     if algorithm.needs and not len(dataset.x_ulb): raise ValueError(f"{type(algorithm).__name__} needs unlabelled images, and the pool is empty")
     if not schedule.lr > 0: raise ValueError(f"lr must be > 0, got {schedule.lr}")
+    lr_at(schedule, 0), autocast("cpu", precision), labelled_indices(seed, 0, len(dataset.x_lb), batch, schedule, labelled) # each refuses what it does not know
     encoder, device = load_backbone(backbone) if isinstance(backbone, str) else backbone, torch.device(device or default_device())
     views, init_seed = views or default_views(dataset, encoder), seed if init_seed is None else init_seed
     settings = {"algorithm": describe(algorithm), "backbone": encoder.name, "backbone_hash": encoder.hash, "peft": peft, "n_prompts": n_prompts if peft == "vpt" else 0,
                 "dataset": split_of(dataset), "classes": list(dataset.classes), "n_lb": len(dataset.x_lb), "n_ulb": len(dataset.x_ulb), "n_test": len(dataset.x_test),
-                "views": {"weak": describe(views.weak), "strong": describe(views.strong)}, "image_size": views.size, "mean": list(views.mean), "std": list(views.std), "schedule": schedule._asdict(),
+                "views": {"weak": describe(views.weak), "strong": describe(views.strong)}, "image_size": views.size, "read_size": max(dataset.x_lb.shape[-2:]), "mean": list(views.mean), "std": list(views.std), "schedule": schedule._asdict(),
                 "batch": batch, "mu": mu, "momentum": momentum, "weight_decay": weight_decay, "seed": seed, "init_seed": init_seed,
                 "labelled": labelled, "precision": precision, "evals": evals}
     model, compile = build_model(encoder, len(dataset.classes), peft, n_prompts, init_seed).to(device), device.type == "cuda" if compile is None else compile
@@ -608,18 +624,19 @@ def train(model: Model, dataset: Dataset, views: Views, algorithm, settings: dic
     s, steps = settings, schedule.steps
     optimizer = optimizer_of(model, schedule, s["momentum"], s["weight_decay"])
     state, meter, guard = algorithm.init(len(dataset.x_ulb), len(dataset.classes), device), Meter(dataset.y_ulb, device), Guard(device)
-    log, start = {"evaluations": [], "seconds": 0., "eval_seconds": 0., "resumes": []}, 0
+    log, start, here = {"evaluations": [], "seconds": 0., "eval_seconds": 0., "resumes": []}, 0, {} if folder is None else surroundings(device)
     if resume and folder is not None and (c := read_checkpoint(folder, settings, device)):
         restore(c, model, optimizer, state, meter)
         log, start = c["log"], c["step"]
-        log["resumes"].append({"step": start, "passed_over": c["passed_over"]})
+        log["resumes"].append({"step": start, "passed_over": c["passed_over"], "changed": differences(json.loads(c["surroundings"]), here)})
+        if said := c["passed_over"] + log["resumes"][-1]["changed"]: tqdm.write(f"resumed from step {start}: {'; '.join(said)}", file=sys.stderr)
     lb, ulb = on_device(dataset.x_lb, device), on_device(dataset.x_ulb, device)
     make = lambda t: step_images(dataset, views, algorithm, lb, ulb, s["seed"], t, s["batch"], s["mu"], schedule, s["labelled"])
     logits = functools.partial(forward, features=compiled(model.features, compile)) if compile else forward
     images = ahead(make, range(start, steps), depth_for(dataset, device) if depth is None else depth, device)
     eval_at, show_every = {math.ceil(steps * i / s["evals"]) for i in range(1, s["evals"] + 1)}, max(1, steps // 50)
     bar = tqdm(total=steps, initial=start, disable=None if progress is None else not progress, desc=type(algorithm).__name__, leave=True)
-    save = lambda t: save_checkpoint(folder, t, model, optimizer, state, meter, guard, log, settings)
+    save = lambda t: save_checkpoint(folder, t, model, optimizer, state, meter, guard, log, settings, here)
     clock = time.perf_counter()
     with bar, Interrupt() as interrupt, contextlib.closing(images):
         for t in range(start, steps):
@@ -640,7 +657,7 @@ def train(model: Model, dataset: Dataset, views: Views, algorithm, settings: dic
                 log["seconds"] += time.perf_counter() - clock
                 clock = time.perf_counter()
                 save(done)
-            if interrupt.asked and done < steps: raise KeyboardInterrupt(f"stopped after step {done}")
+            if interrupt.asked and done < steps: raise KeyboardInterrupt(f"stopped after step {done} of {steps}{', checkpoint written' if folder is not None else ''}")
     return finish(log, dataset, z)
 
 # %% ../nbs/05_training.ipynb #885876c8

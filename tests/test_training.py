@@ -1,0 +1,264 @@
+"""What happens to a run: interrupted, killed, torn, foreign, twice at once, not finite; saved and loaded again."""
+import json, os, random, re, signal, subprocess, sys, time
+from pathlib import Path
+
+import pytest
+import torch
+
+from finessl.algorithms import FineSSL
+from finessl.backbone import load_backbone
+from finessl.data import digits
+from finessl.training import FixMatch, LabelledOnly, Schedule, TrainingError, fit, folder_lock, load_run
+
+root = Path(__file__).resolve().parent.parent
+ENV = os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+COMMAND = ["train", "--data", "digits", "--per-class", "1", "--steps", "150", "--batch", "4", "--prompts", "1", "--evals", "3", "--checkpoint-every", "3", "--out", "run"]
+
+
+def start(cwd, *more):
+    return subprocess.Popen([sys.executable, "-m", "finessl", *COMMAND, *more], cwd=cwd, env=ENV, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def newer_checkpoint(folder: Path, process, than=0., seconds=60):
+    "Wait for a checkpoint younger than a time; the process must live on."
+    end, path = time.time() + seconds, folder / "checkpoint.pt"
+    while True:
+        assert process.poll() is None and time.time() < end, process.communicate()
+        try:
+            if path.stat().st_mtime_ns > than: return
+        except FileNotFoundError: pass
+        time.sleep(.005)
+
+
+def same_record(a: dict, b: dict):
+    "Assert that two records are equal but for times and the list of resumes."
+    times = ("seconds", "eval_seconds", "resumes")
+    assert {k: v for k, v in a.items() if k not in times} == {k: v for k, v in b.items() if k not in times}
+
+
+def outcome(folder: Path): return (folder / "model.safetensors").read_bytes(), json.loads((folder / "record.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory):
+    "Weights and record of the command when nothing happens to it."
+    where = tmp_path_factory.mktemp("unbroken")
+    p = start(where)
+    assert p.wait(120) == 0, p.communicate()
+    return outcome(where / "run")
+
+
+def test_stopped_once_and_killed_twice_ends_as_an_unbroken_run(tmp_path, unbroken):
+    chance, young = random.Random(), 0
+    for k, s in enumerate((signal.SIGINT, signal.SIGKILL, signal.SIGKILL)):
+        p = start(tmp_path, *["--resume"] * (k > 0))
+        newer_checkpoint(tmp_path / "run", p, young)
+        time.sleep(chance.uniform(0, .3))
+        p.send_signal(s)
+        out, err = p.communicate(timeout=60)
+        if s == signal.SIGINT:
+            assert p.returncode == 130 and out.count("\n") == 1, (out, err)
+            assert re.fullmatch(r"finessl: stopped after step \d+ of 150, checkpoint written; go on with: python -m finessl (train .*) --resume\n", err), err
+        else: assert p.returncode == -s, (out, err)
+        young = max(f.stat().st_mtime_ns for f in (tmp_path / "run").glob("*checkpoint.pt"))
+    p = start(tmp_path, "--resume")
+    assert p.wait(120) == 0, p.communicate()
+    weights, record = outcome(tmp_path / "run")
+    assert weights == unbroken[0]
+    same_record(record, unbroken[1])
+    steps = [r["step"] for r in record["resumes"]]
+    assert len(steps) == 3 and 0 < steps[0] < steps[1] < steps[2] < 150
+    assert {f.name for f in (tmp_path / "run").iterdir()} - {".lock"} == {"model.safetensors", "record.json"}
+
+
+def test_a_second_run_into_a_folder_is_refused_while_the_first_lives(tmp_path):
+    p = start(tmp_path)
+    try:
+        newer_checkpoint(tmp_path / "run", p)
+        with pytest.raises(TrainingError, match="another run is writing to"):
+            with folder_lock(tmp_path / "run"): pass
+        second = start(tmp_path, "--resume")
+        out, err = second.communicate(timeout=60)
+        if p.poll() is None:                       # the first was still at work
+            assert second.returncode == 1 and err.startswith("finessl: error: another run is writing to run"), err
+    finally:
+        p.kill()
+        p.wait()
+    with folder_lock(tmp_path / "run"): pass       # the lock died with its process
+
+
+# ---------------------------------------------------------------- in one process
+
+@pytest.fixture(scope="module")
+def encoder(): return load_backbone("pocket")
+
+
+def few():
+    "Fewer digits, so that evaluations cost little: 10 labelled, 60 in the pool, 40 for the test."
+    ds = digits(1, 0)
+    return ds._replace(x_ulb=ds.x_ulb[:60], y_ulb=ds.y_ulb[:60], x_test=ds.x_test[:40], y_test=ds.y_test[:40], split=ds.split._replace(idx_lb=torch.zeros(0, dtype=torch.int64)))
+
+
+def run(encoder, algorithm=FineSSL(), out=None, **changes):
+    settings = dict(peft="vpt", n_prompts=2, schedule=Schedule(12, clear_every=5), batch=4, evals=3, progress=False) | changes
+    return fit(few(), encoder, algorithm, out=out, **settings)
+
+
+def interrupted(encoder, out, after, algorithm=FineSSL(), **changes):
+    "Ctrl-C during step `after`."
+    kind = type(algorithm)
+    real, calls = kind.__call__, []
+    def call(self, step, state):
+        calls.append(1)
+        if len(calls) == after: signal.raise_signal(signal.SIGINT)
+        return real(self, step, state)
+    kind.__call__ = call
+    try:
+        with pytest.raises(KeyboardInterrupt, match=f"after step {after}"): run(encoder, algorithm, out, **changes)
+    finally: kind.__call__ = real
+
+
+CASES = {"FineSSL": {}, "FineSSL, paper's form": dict(algorithm=FineSSL(form="paper")), "FixMatch": dict(algorithm=FixMatch()), "labelled-only": dict(algorithm=LabelledOnly()),
+         "heads alone": dict(peft="linear"), "bf16": dict(precision="bf16"), "labelled images dropped": dict(labelled="release"), "per epoch": dict(schedule=Schedule(12, decay="epoch"))}
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("after", [1, 7, 11])
+def test_a_resume_is_exact(encoder, tmp_path, case, after):
+    whole = run(encoder, out=tmp_path / "whole", **CASES[case])
+    interrupted(encoder, tmp_path / "run", after, **CASES[case])
+    assert not (tmp_path / "run/record.json").exists()
+    run(encoder, out=tmp_path / "run", resume=True, **CASES[case])
+    a, b = outcome(tmp_path / "whole"), outcome(tmp_path / "run")
+    assert a[0] == b[0] and b[1]["resumes"][0]["step"] == after
+    same_record(a[1], b[1])
+
+
+@pytest.mark.parametrize("left", [0, 100, .5, .99], ids=["empty", "100 bytes", "half", "all but the end"])
+def test_a_torn_checkpoint_falls_back_to_the_one_before(encoder, tmp_path, left):
+    whole = run(encoder, out=tmp_path / "whole")
+    interrupted(encoder, tmp_path / "run", 10, checkpoint_every=4)
+    path = tmp_path / "run/checkpoint.pt"
+    content = path.read_bytes()
+    path.write_bytes(content[:left if isinstance(left, int) else int(left * len(content))])
+    resumed = run(encoder, out=tmp_path / "run", resume=True)
+    (r,) = resumed.record["resumes"]
+    assert r["step"] == 8 and "checkpoint.pt cannot be read" in r["passed_over"][0]
+    a, b = outcome(tmp_path / "whole"), outcome(tmp_path / "run")
+    assert a[0] == b[0]
+    same_record(a[1], b[1])
+
+
+def test_a_resume_under_other_conditions_goes_on_and_says_so(encoder, tmp_path, capsys):
+    interrupted(encoder, tmp_path / "run", 5)
+    n = torch.get_num_threads()
+    torch.set_num_threads(n + 1)
+    try: r = run(encoder, out=tmp_path / "run", resume=True)
+    finally: torch.set_num_threads(n)
+    says = f"threads: {n} there, {n + 1} here"
+    assert r.record["resumes"][0]["changed"] == [says] and f"resumed from step 5: {says}" in capsys.readouterr().err
+
+
+def test_no_readable_checkpoint_is_an_error(encoder, tmp_path):
+    interrupted(encoder, tmp_path / "run", 10, checkpoint_every=4)
+    for name in ("checkpoint.pt", "previous-checkpoint.pt"): (tmp_path / "run" / name).write_bytes(b"PK")
+    with pytest.raises(TrainingError, match="no checkpoint .* can be read.*checkpoint.pt.*previous-checkpoint.pt"): run(encoder, out=tmp_path / "run", resume=True)
+
+
+@pytest.mark.parametrize("changes, names", [
+    (dict(batch=5), "batch: 4 there, 5 here"), (dict(algorithm=FixMatch()), "algorithm.name: 'FineSSL' there, 'FixMatch' here"), (dict(algorithm=FineSSL(gamma=1.)), "algorithm.gamma: 3.0 there, 1.0 here"), (dict(seed=1), "seed: 0 there, 1 here"),
+    (dict(schedule=Schedule(12, lr=.1, clear_every=5)), "schedule.lr: 0.03 there, 0.1 here"), (dict(n_prompts=3), "n_prompts: 2 there, 3 here")])
+def test_a_foreign_checkpoint_is_refused(encoder, tmp_path, changes, names):
+    interrupted(encoder, tmp_path / "run", 3)
+    before = (tmp_path / "run/checkpoint.pt").read_bytes()
+    with pytest.raises(TrainingError, match="belongs to another run") as error: run(encoder, out=tmp_path / "run", resume=True, **changes)
+    assert names in str(error.value)
+    assert (tmp_path / "run/checkpoint.pt").read_bytes() == before
+
+
+def test_a_checkpoint_of_something_else_is_refused(encoder, tmp_path):
+    (tmp_path / "run").mkdir()
+    torch.save({"weights": torch.zeros(3)}, tmp_path / "run/checkpoint.pt")
+    with pytest.raises(TrainingError, match="not a checkpoint of finessl"): run(encoder, out=tmp_path / "run", resume=True)
+
+
+def test_resume_without_a_checkpoint_starts_from_the_beginning(encoder, tmp_path):
+    a, b = run(encoder, out=tmp_path / "a"), run(encoder, out=tmp_path / "b", resume=True)
+    assert outcome(tmp_path / "a")[0] == outcome(tmp_path / "b")[0] and b.record["resumes"] == []
+
+
+def test_a_finished_folder_is_refused(encoder, tmp_path):
+    run(encoder, out=tmp_path / "run")
+    before = outcome(tmp_path / "run")
+    for resume in (False, True):
+        with pytest.raises(TrainingError, match="holds a finished run"): run(encoder, out=tmp_path / "run", seed=1, resume=resume)
+    assert outcome(tmp_path / "run") == before
+    run(encoder, out=tmp_path / "run", seed=1, overwrite=True)
+    assert outcome(tmp_path / "run")[1]["seed"] == 1
+
+
+@pytest.mark.parametrize("every", [1, 4, None])
+@pytest.mark.parametrize("what", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_last_good_checkpoint(encoder, tmp_path, what, every, monkeypatch):
+    good, real, calls = {}, FineSSL.__call__, []
+    def call(self, step, state):
+        loss, metrics = real(self, step, state)
+        calls.append(1)
+        return (loss * what if len(calls) == 7 else loss), metrics      # step 6, counted from 0
+    monkeypatch.setattr(FineSSL, "__call__", call)
+    with pytest.raises(TrainingError, match="not finite at step 6"): run(encoder, out=tmp_path / "run", checkpoint_every=every, evals=1)
+    assert not (tmp_path / "run/record.json").exists() and not (tmp_path / "run/model.safetensors").exists()
+    if every is None: return
+    c = torch.load(tmp_path / "run/checkpoint.pt", weights_only=True)
+    assert c["step"] == 6 // every * every and all(v.isfinite().all() for v in c["model"].values())
+    monkeypatch.undo()                                                    # the fault is mended, and the run goes on
+    run(encoder, out=tmp_path / "whole", evals=1)
+    run(encoder, out=tmp_path / "run", resume=True, evals=1)
+    assert outcome(tmp_path / "run")[0] == outcome(tmp_path / "whole")[0]
+
+
+def test_saved_and_loaded_again(encoder, tmp_path):
+    a = run(encoder, out=tmp_path / "run")
+    b, x = load_run(tmp_path / "run", device=a.device), few().x_test
+    assert torch.equal(a.predict(x), b.predict(x)) and b.record == json.loads(json.dumps(a.record)) and a.classes == b.classes
+    accuracy = (b.predict(x).argmax(1) == few().y_test).float().mean()
+    assert abs(float(accuracy) - a.record["evaluations"][-1]["accuracy"]) < 1e-6
+    c = load_run(tmp_path / "run")
+    c.save(tmp_path / "again")
+    assert (tmp_path / "again/model.safetensors").read_bytes() == (tmp_path / "run/model.safetensors").read_bytes()
+
+
+def test_the_encoder_is_left_as_it_was(encoder):
+    before = encoder.hash
+    run(encoder)
+    assert encoder.hash == before
+
+
+def test_another_encoder_is_not_taken_for_the_runs(tmp_path):
+    random_encoder = load_backbone("pocket", checkpoint=False)
+    run(random_encoder, out=tmp_path / "run")
+    with pytest.raises(ValueError, match="other weights"): load_run(tmp_path / "run")
+
+
+def test_a_killed_write_leaves_nothing_behind(encoder, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/.checkpoint.pt.99999.tmp").write_bytes(b"half")
+    run(encoder, out=tmp_path / "run")
+    assert {f.name for f in (tmp_path / "run").iterdir()} - {".lock"} == {"model.safetensors", "record.json"}
+
+
+@pytest.mark.parametrize("changes, says", [(dict(batch=0), "batch must be >= 1, got 0"), (dict(evals=0), "evals"), (dict(schedule=Schedule(0)), "steps"), (dict(mu=0), "mu"), (dict(peft="lora"), "peft"),
+                                           (dict(precision="fp8"), "precision"), (dict(schedule=Schedule(5, decay="week")), "decay"), (dict(labelled="some"), "labelled"), (dict(checkpoint_every=0), "checkpoint_every")])
+def test_bad_values_are_named_and_nothing_is_written(encoder, tmp_path, changes, says):
+    with pytest.raises(ValueError, match=says): run(encoder, out=tmp_path / "run", **changes)
+    assert not (tmp_path / "run").exists()
+
+
+def test_seeds_do_what_they_say(encoder):
+    a = run(encoder, evals=1)
+    assert run(encoder, evals=1).record["evaluations"] == a.record["evaluations"]
+    assert run(encoder, evals=1, seed=1).record["evaluations"][0]["loss"] != a.record["evaluations"][0]["loss"]
+    assert run(encoder, evals=1, init_seed=1).record["evaluations"][0]["loss"] != a.record["evaluations"][0]["loss"]
+    torch.manual_seed(123)
+    torch.rand(7)
+    assert run(encoder, evals=1).record["evaluations"] == a.record["evaluations"]      # whatever was drawn before
