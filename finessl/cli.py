@@ -97,7 +97,7 @@ def add_train(commands, common):
     g.add_argument("--init-seed", metavar="S", type=int, help="initial prompts and heads (default: as --seed)")
     g = p.add_argument_group("training")
     g.add_argument("--seed", metavar="S", type=int, default=0, help="order of the images and their random views")
-    g.add_argument("--steps", type=whole, default=300, help="training steps; the paper takes 15000")
+    g.add_argument("--steps", type=whole, default=200, help="training steps; the paper takes 15000")
     g.add_argument("--lr", type=above0, default=.03, help="learning rate at the first step, falling as a cosine")
     g.add_argument("--batch", metavar="B", type=whole, default=32, help="labelled images per step")
     g.add_argument("--mu", metavar="μ", type=whole, default=1, help="unlabelled images per labelled one")
@@ -299,7 +299,7 @@ def add_demo(commands, common):
     p.add_argument("--out", metavar="DIR", type=Path, default=Path("finessl-demo"), help="folder to write to")
     p.add_argument("--per-class", metavar="N", type=number(int, 1, 100), default=1, help="labelled images per class")
     p.add_argument("--seed", metavar="S", type=int, default=0, help="of the split, the initial weights and the draws")
-    p.add_argument("--steps", type=number(int, 1), default=300, help="training steps of each run")
+    p.add_argument("--steps", type=number(int, 1), help="training steps of each run (default: as in the comparison notebook)")
     p.add_argument("--quiet", action="store_true", help="print nothing but errors")
 
 def references(dataset, n_per_class: int, seed: int, encoder) -> dict: # name -> {"accuracy", "seconds"}
@@ -342,18 +342,18 @@ def demo_picture(
 def demo(args):
     "finessl demo"
     import torch
-    from finessl.algorithms import FineSSL
     from finessl.backbone import load_backbone
+    from finessl.comparison import BATCH, PROMPTS, ROWS, SCHEDULE
     from finessl.data import digits
-    from finessl.training import FixMatch, LabelledOnly, Schedule, fit, write_atomic, write_json
+    from finessl.training import fit, write_atomic, write_json
     torch.set_num_threads(min(2, torch.get_num_threads()))     # as many as such small images can use
     say = (lambda text: None) if args.quiet else lambda text: print(text, flush=True)
     dataset, encoder = digits(args.per_class, args.seed), load_backbone("pocket")
     say(f"{len(dataset.x_lb)} labelled digits, {len(dataset.x_ulb)} in the pool, {len(dataset.x_test)} for the test")
     rows, records = references(dataset, args.per_class, args.seed, encoder), {}
-    for name, algorithm in {"labelled-only": LabelledOnly(), "FixMatch": FixMatch(n_strong=2), "FineSSL": FineSSL()}.items():
-        run = fit(dataset, encoder, algorithm, schedule=Schedule(args.steps), batch=16, evals=6, seed=args.seed, out=args.out / name.lower(),
-                  overwrite=True, progress=False if args.quiet else None, command=args.command_line)
+    for name in ("labelled-only", "FixMatch", "FineSSL"):
+        run = fit(dataset, encoder, ROWS[name], n_prompts=PROMPTS, schedule=SCHEDULE._replace(steps=args.steps or SCHEDULE.steps), batch=BATCH, seed=args.seed,
+                  out=args.out / name.lower(), overwrite=True, progress=False if args.quiet else None, command=args.command_line)
         records[name] = run.record
         rows[name] = {"accuracy": run.record["evaluations"][-1]["accuracy"], "seconds": run.record["seconds"]}
     truth = dataset.y_ulb.bincount(minlength=len(dataset.classes)).tolist()
@@ -398,7 +398,7 @@ def make_parser() -> Parser:
 
 def program() -> str:
     "How this program was started, for messages that say what to type."
-    return "python -m finessl" if Path(sys.argv[0]).name == "__main__.py" else "finessl"
+    return "python -m finessl" if Path(sys.argv[0]).parts[-2:] == ("finessl", "__main__.py") else "finessl"
 
 # %% ../nbs/80_cli.ipynb #bc556c59
 def main(

@@ -662,13 +662,13 @@ def train(model: Model, dataset: Dataset, views: Views, algorithm, settings: dic
 
 # %% ../nbs/05_training.ipynb #885876c8
 def postfix(log: dict, meter: Meter, guard: Guard) -> dict:
-    "What the progress bar shows: loss and share kept since the last evaluation, and that evaluation's accuracy."
+    "What the progress bar shows: loss and share kept since the last evaluation (or up to it, right after), and its accuracy."
     guard.check()
-    sums = dict(zip(meter.names, meter.sums.tolist()))
-    out = {"loss": f"{sums['loss'] / max(sums['steps'], 1):.3f}"}
-    if sums["images"]: out["kept"] = f"{sums['kept'] / sums['images']:.0%}"
-    if log["evaluations"] and log["evaluations"][-1].get("accuracy") is not None: out["accuracy"] = f"{log['evaluations'][-1]['accuracy']:.1%}"
-    return out
+    sums, last = dict(zip(meter.names, meter.sums.tolist())), (log["evaluations"] or [{}])[-1]
+    loss = sums["loss"] / sums["steps"] if sums["steps"] else last["loss"]
+    kept = sums["kept"] / sums["images"] if sums["images"] else last.get("util")
+    shown = {"loss": (loss, "{:.3f}"), "kept": (kept, "{:.0%}"), "accuracy": (last.get("accuracy"), "{:.1%}")}
+    return {k: form.format(v) for k, (v, form) in shown.items() if v is not None}
 
 def finish(log: dict, dataset: Dataset, z: Tensor) -> dict: # z: (N_test, C) logits of the last evaluation
     "The log with per-class accuracy and confusion (rows: truth) of the last evaluation."

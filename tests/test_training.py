@@ -254,6 +254,14 @@ def test_bad_values_are_named_and_nothing_is_written(encoder, tmp_path, changes,
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("algorithm, shows", [(FineSSL(), ("loss", "kept", "accuracy")), (LabelledOnly(), ("loss", "accuracy"))])
+def test_the_progress_bar_ends_with_what_the_record_says(encoder, capsys, algorithm, shows):
+    last = run(encoder, algorithm, progress=True).record["evaluations"][-1]
+    line = capsys.readouterr().err.split("\r")[-1]
+    assert "12/12" in line and dict(re.findall(r"(\w+)=([\d.%]+)", line)) == \
+        {k: v for k, v in {"loss": f"{last['loss']:.3f}", "kept": f"{last['util'] or 0:.0%}", "accuracy": f"{last['accuracy']:.1%}"}.items() if k in shows}
+
+
 def test_seeds_do_what_they_say(encoder):
     a = run(encoder, evals=1)
     assert run(encoder, evals=1).record["evaluations"] == a.record["evaluations"]

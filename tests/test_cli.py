@@ -1,0 +1,329 @@
+"""The command line as its users meet it: start, help, errors, Ctrl-C, predictions."""
+import csv, dataclasses, inspect, io, json, os, re, shutil, subprocess, sys, time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from sklearn.datasets import load_digits
+
+from finessl import cli, training
+from finessl.algorithms import FineSSL
+from finessl.backbone import load_backbone
+from finessl.data import ImageFiles, check_dataset
+from finessl.training import FixMatch, LabelledOnly, load_run
+
+root = Path(__file__).resolve().parent.parent
+ENV = os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "PYTHONUTF8": "1"}
+TINY = ["--per-class", "1", "--steps", "12", "--batch", "4", "--prompts", "2", "--evals", "2"]
+
+
+@pytest.fixture
+def finessl(capsys, monkeypatch, tmp_path):
+    "Run a command in this process: exit code, standard output, standard error."
+    monkeypatch.chdir(tmp_path)
+    def run(*argv):
+        code = cli.main([str(a) for a in argv])
+        return code, *capsys.readouterr()
+    return run
+
+
+@pytest.fixture
+def refused(finessl):
+    "Run a command that must be refused with one line and exit code 2; its message."
+    def run(*argv, code=2):
+        got, out, err = finessl(*argv)
+        assert (got, err.count("\n"), err[:16]) == (code, 1, "finessl: error: "), (got, out, err)
+        return err
+    return run
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    "Real digits as PNG files: 3 classes, 6 images for training and 4 for the test each, 5 more without a label."
+    where, bunch, numbers = tmp_path_factory.mktemp("photos"), load_digits(), {"train": range(6), "test": range(6, 10)}
+    def save(path, image):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray((image * 255 / 16).astype("uint8")).save(path)
+    for c, name in enumerate(("zero", "one", "two")):
+        mine = bunch.images[bunch.target == c]
+        for part, ks in numbers.items():
+            for k in ks: save(where / part / name / f"{k}.png", mine[k])
+    for k in range(5): save(where / "unlabelled" / f"{k}.png", bunch.images[k])
+    return where
+
+
+@pytest.fixture(scope="module")
+def trained(folder, tmp_path_factory):
+    "A run of `finessl train` on the folder, in a process of its own."
+    where = tmp_path_factory.mktemp("trained")
+    p = subprocess.run([sys.executable, "-m", "finessl", "train", "--data", str(folder), *TINY, "--out", "run"], cwd=where, env=ENV, text=True, capture_output=True)
+    assert p.returncode == 0, p.stderr
+    assert p.stderr == ""
+    return where / "run", p.stdout
+
+
+# ---------------------------------------------------------------- start and help
+
+QUICK = [["--help"], ["--version"], ["demo", "--help"], ["train", "--help"], ["predict", "--help"], [], ["trian"], ["train", "--data", "digits"],
+         ["train", "--data", "digits", "--out", "r"], ["train", "--data", "nowhere", "--out", "r"], ["train", "--data", "digits", "--per-class", "0", "--out", "r"],
+         ["train", "--data", "digits", "--per-class", "1", "--algorithm", "fixmatch", "--gamma", "1", "--out", "r"], ["predict", "--run", "nowhere", "x.png"]]
+
+
+def test_help_and_argument_errors_import_no_torch(tmp_path):
+    code = ("import sys; from finessl.cli import main\n"
+            f"codes = [main(argv) for argv in {QUICK!r}]\n"
+            "heavy = [m for m in ('torch', 'torchvision', 'open_clip', 'timm', 'numpy', 'sklearn', 'matplotlib', 'PIL') if m in sys.modules]\n"
+            "print(codes, heavy)")
+    begin = time.time()
+    p = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=ENV, capture_output=True, text=True, check=True)
+    assert p.stdout.splitlines()[-1] == f"{[0] * 5 + [2] * 8} []"
+    assert time.time() - begin < 5
+    assert all(line.startswith("finessl: error: ") for line in p.stderr.splitlines()) and len(p.stderr.splitlines()) == 8, p.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_defaults_are_those_of_fit_and_of_the_algorithms():
+    args = cli.make_parser().parse_args(["train", "--data", "digits", "--out", "r"])
+    fit = {k: v.default for k, v in inspect.signature(training.fit).parameters.items()}
+    for key in ("peft", "batch", "mu", "seed", "init_seed", "precision", "evals", "device"): assert getattr(args, key) == fit[key], key
+    assert (args.steps, args.lr) == (fit["schedule"].steps, fit["schedule"].lr) and fit["n_prompts"] == 8
+    for name, algorithm in {"finessl": FineSSL(), "fixmatch": FixMatch(), "labelled-only": LabelledOnly()}.items():
+        fields = dataclasses.asdict(algorithm)
+        assert cli.OPTIONS[name] == {k: fields[k] for k in cli.OPTIONS[name]}
+    text = " ".join(cli.make_parser().parse_args(["train", "--data", "d", "--out", "r"]).__dict__)
+    assert all(key in text for options in cli.OPTIONS.values() for key in options)
+
+
+def test_help_names_every_default(finessl):
+    _, out, _ = finessl("train", "--help")
+    for options in cli.OPTIONS.values():
+        for key, value in options.items():
+            text = re.search(rf"^  --{key} .*?\(default:\s+(.*?)\)", out, re.M | re.S)
+            assert text[1] == (value if isinstance(value, str) else f"{value:g}"), key
+
+
+def test_options_reach_the_algorithm():
+    args = cli.make_parser().parse_args("train --data digits --out r --gamma 1 --form paper --alpha 0".split())
+    assert cli.algorithm_of(args) == FineSSL(gamma=1., form="paper", alpha=0.)
+    args = cli.make_parser().parse_args("train --data digits --out r --algorithm fixmatch --tau .9".split())
+    assert cli.algorithm_of(args) == FixMatch(tau=.9)
+
+
+# ---------------------------------------------------------------- mistakes
+
+@pytest.mark.parametrize("argv, says", [
+    (["--per-class", "0"], "--per-class: must be >= 1, got 0"),
+    (["--per-class", "1.5"], "--per-class: must be a whole number, got '1.5'"),
+    (["--zeta", "2"], "--zeta: must be from 0 to 1, got 2"),
+    (["--lr", "0"], "--lr: must be > 0, got 0"),
+    (["--lr", "nan"], "--lr: must be > 0, got nan"),
+    (["--algorithm", "fixmatch", "--gamma", "1"], "--gamma belongs to --algorithm finessl, not to fixmatch"),
+    (["--tau", ".9"], "--tau belongs to --algorithm fixmatch, not to finessl"),
+    (["--peft", "linear", "--prompts", "3"], "--prompts belongs to --peft vpt"),
+    (["--backbone", "resnet"], "resnet"),
+    (["--device", "gpu"], "--device gpu"),
+    (["--checkpoint", "none.safetensors"], "none.safetensors"),
+    (["--per-class", "1000"], "fewer than the 1000"),
+])
+def test_mistakes_are_named(refused, tmp_path, argv, says):
+    assert says in refused("train", "--data", "digits", "--per-class", "1", "--out", "run", *argv)
+    assert not list(tmp_path.iterdir())
+
+
+def damaged(folder, tmp_path, change):
+    "A copy of the folder with one thing wrong."
+    shutil.copytree(folder, tmp_path / "data")
+    change(tmp_path / "data")
+
+
+def empty(file): file.write_bytes(b"")
+def cut(file): file.write_bytes(file.read_bytes()[:60])
+def one_class(data):
+    for part in ("train", "test"):
+        for name in ("one", "two"): shutil.rmtree(data / part / name)
+
+
+@pytest.mark.parametrize("change, n, says", [
+    (lambda d: empty(d / "train/one/2.png"), 2, "train/one/2.png"),
+    (lambda d: cut(d / "train/one/3.png"), 2, "train/one/3.png"),
+    (lambda d: (d / "train/two/0.png").write_text("no image"), 2, "train/two/0.png"),
+    (lambda d: cut(d / "unlabelled/1.png"), 2, "unlabelled/1.png"),
+    (one_class, 2, "one class only ('zero')"),
+    (lambda d: (d / "test/one").rename(d / "test/seven"), 2, "'seven'"),
+    (lambda d: None, 7, "'one') has 6 images, fewer than the 7"),
+    (lambda d: (d / "train").rename(d / "training"), 2, "train/"),
+], ids=["empty file", "cut file", "not an image", "cut, unlabelled", "one class", "test class missing in training", "too few images", "no train folder"])
+def test_bad_images_are_named_and_nothing_is_written(refused, folder, tmp_path, change, n, says):
+    damaged(folder, tmp_path, change)
+    assert says in refused("train", "--data", "data", *TINY, "--per-class", n, "--out", "run").replace("\\", "/")
+    assert not (tmp_path / "run").exists()
+
+
+def test_unreadable_images_are_left_out_when_asked(finessl, folder, tmp_path):
+    damaged(folder, tmp_path, lambda d: [empty(d / "train/one/2.png"), cut(d / "unlabelled/1.png")])
+    code, out, err = finessl("train", "--data", "data", *TINY, "--skip-unreadable", "--out", "run")
+    assert code == 0 and "2 unreadable files left out" in out
+    assert json.loads((tmp_path / "run/record.json").read_text())["dataset"]["skipped"] == 2
+
+
+def test_named_data_offline(refused, monkeypatch, tmp_path):
+    monkeypatch.setattr(cli, "reachable", lambda host: False)
+    for name, (host, archive) in cli.ARCHIVES.items():
+        begin = time.time()
+        err = refused("train", "--data", name, "--per-class", "1", "--out", "run", "--data-dir", "data")
+        assert host in err and archive in err and time.time() - begin < 5
+    assert not list(tmp_path.iterdir())
+
+
+def test_nobody_answers():
+    assert not cli.reachable("no-such-host.invalid")
+
+
+def test_named_data_become_a_dataset(monkeypatch, folder, tmp_path):
+    y = [0, 1, 2] * 4
+    part = SimpleNamespace(data=np.arange(12 * 32 * 32 * 3, dtype="uint32").astype("uint8").reshape(12, 32, 32, 3), targets=y, classes=["a", "b", "c"])
+    monkeypatch.setattr(cli, "torchvision_parts", lambda name, folder: (part, part))
+    ds = check_dataset(cli.torchvision_dataset("cifar10", 2, 0, tmp_path))
+    assert ds.x_ulb.shape == (12, 3, 32, 32) and ds.y_lb.tolist() == [0, 0, 1, 1, 2, 2] and ds.split.source == "cifar10"
+    assert ds.x_ulb[3, 1, 2, 5] == part.data[3, 2, 5, 1] and torch.equal(ds.x_lb, ds.x_ulb[ds.split.idx_lb])
+    assert cli.torchvision_dataset("cifar10", 2, 1, tmp_path).split.hash != ds.split.hash
+    files = sorted((folder / "train").rglob("*.png"))
+    part = SimpleNamespace(_image_files=files, _labels=[0] * 6 + [1] * 6 + [2] * 6, classes=["one", "two", "zero"])
+    ds = check_dataset(cli.torchvision_dataset("food101", 2, 0, tmp_path))
+    assert isinstance(ds.x_ulb, ImageFiles) and len(ds.x_lb) == 6 and ds.x_lb[0].shape == (3, 256, 256)
+
+
+def test_debug_shows_the_traceback(finessl, monkeypatch):
+    argv = ["predict", "--run", "nowhere", "x.png"]
+    with pytest.raises(cli.UsageError): finessl(*argv, "--debug")
+    monkeypatch.setenv("FINESSL_DEBUG", "1")
+    with pytest.raises(cli.UsageError): finessl(*argv)
+
+
+def test_the_unexpected_is_one_line_too(refused, monkeypatch):
+    def broken(args): raise RuntimeError("first\nsecond")
+    monkeypatch.setattr(cli, "dataset_of", broken)
+    assert "RuntimeError: first second (FINESSL_DEBUG=1" in refused("train", "--data", "digits", "--per-class", "1", "--out", "run", code=1)
+
+
+# ---------------------------------------------------------------- runs
+
+def test_train_says_what_it_did(trained):
+    run, out = trained
+    record = json.loads((run / "record.json").read_text())
+    assert "3 classes, 3 labelled images, 23 in the pool, 12 for the test" in out and "after 12 steps" in out
+    assert record["command"].startswith("finessl train --data ") and record["algorithm"]["name"] == "FineSSL" and record["n_prompts"] == 2
+    assert {p.name for p in run.iterdir()} - {".lock"} == {"record.json", "model.safetensors"}
+
+
+def test_a_finished_folder_is_refused(refused, trained, folder):
+    run, _ = trained
+    before = {p.name: p.read_bytes() for p in run.iterdir()}
+    assert "holds a finished run" in refused("train", "--data", folder, *TINY, "--out", run)
+    assert "holds a finished run" in refused("train", "--data", folder, *TINY, "--out", run, "--resume")
+    assert {p.name: p.read_bytes() for p in run.iterdir()} == before
+
+
+def test_quiet(finessl, folder):
+    assert finessl("train", "--data", folder, *TINY, "--algorithm", "labelled-only", "--out", "run", "--quiet") == (0, "", "")
+
+
+def test_a_loss_that_is_not_finite(refused, tmp_path):
+    argv = ["train", "--data", "digits", *TINY, "--lr", "1e30", "--checkpoint-every", "1", "--out", "run"]
+    assert "not finite at step 1" in refused(*argv, code=1)
+    assert (tmp_path / "run/checkpoint.pt").exists() and not (tmp_path / "run/record.json").exists()
+    assert "--resume" in refused(*argv)
+
+
+def test_seeds_are_separate(finessl, tmp_path):
+    def run(name, *argv):
+        assert finessl("train", "--data", "digits", *TINY, "--steps", "1", "--evals", "1", "--out", name, "--quiet", *argv)[0] == 0
+        return json.loads((tmp_path / name / "record.json").read_text())
+    a, b = run("a", "--seed", "3"), run("b", "--seed", "3", "--split-seed", "4", "--init-seed", "5")
+    assert (a["seed"], a["dataset"]["seed"], a["init_seed"]) == (3, 3, 3) and (b["seed"], b["dataset"]["seed"], b["init_seed"]) == (3, 4, 5)
+
+
+# ---------------------------------------------------------------- predict
+
+def rows(text): return list(csv.reader(io.StringIO(text)))
+
+
+def test_predict_is_run_predict(finessl, trained, folder, tmp_path):
+    run, _ = trained
+    code, out, err = finessl("predict", "--run", run, folder / "test", folder / "unlabelled/0.png")
+    head, *lines = rows(out)
+    assert (code, err) == (0, "") and head == ["file", "class", "confidence", "one", "two", "zero"]
+    files = [*sorted((folder / "test").rglob("*.png")), folder / "unlabelled/0.png"]
+    assert [line[0] for line in lines] == [str(f) for f in files]
+    p = load_run(run, device="cpu").predict(files)
+    assert [[f"{v:.6f}" for v in row] for row in p.tolist()] == [line[3:] for line in lines]
+    assert [head[3 + k] for k in p.argmax(1).tolist()] == [line[1] for line in lines]
+    assert [f"{v:.6f}" for v in p.amax(1).tolist()] == [line[2] for line in lines]
+    assert finessl("predict", "--run", run, folder / "test", folder / "unlabelled/0.png", "--out", "p.csv") == (0, "", "")
+    assert (tmp_path / "p.csv").read_text() == out
+
+
+def test_predict_names_what_it_cannot_read(refused, finessl, trained, folder, tmp_path):
+    run, _ = trained
+    damaged(folder, tmp_path, lambda d: cut(d / "test/one/7.png"))
+    assert "test/one/7.png" in refused("predict", "--run", run, "data/test", "--out", "p.csv").replace("\\", "/")
+    assert not (tmp_path / "p.csv").exists()
+    code, out, err = finessl("predict", "--run", run, "data/test", "--skip-unreadable")
+    assert code == 0 and len(rows(out)) == 12 and err == "finessl: 1 of 12 files cannot be read and are left out\n"
+    (tmp_path / "nothing").mkdir()
+    assert "nothing holds no image files" in refused("predict", "--run", run, "nothing")
+    assert "nowhere.png: path does not exist" in refused("predict", "--run", run, "nowhere.png")
+    assert "record.json is missing" in refused("predict", "--run", "nothing", "data/test/one/6.png")
+    empty(tmp_path / "data/test/one/6.png")
+    assert "none of the 1 files can be read" in refused("predict", "--run", run, "data/test/one/6.png", "--skip-unreadable")
+    assert "does not exist" in refused("predict", "--run", run, "data/test/two", "--out", "no/p.csv")
+
+
+def test_weights_from_a_file(finessl, refused, tmp_path):
+    from safetensors.torch import save_file
+    torch.manual_seed(0)
+    import timm
+    save_file(timm.create_model("test_vit", num_classes=0).state_dict(), tmp_path / "vit.safetensors")
+    argv = ["--data", "digits", *TINY, "--steps", "2", "--backbone", "timm:test_vit", "--image-size", "32", "--checkpoint", "vit.safetensors", "--quiet"]
+    assert finessl("train", *argv, "--out", "run")[::2] == (0, "")
+    cli.write_samples(cli.dataset_of(SimpleNamespace(data="digits", per_class=1, seed=0, split_seed=None)), tmp_path / "images")
+    code, out, _ = finessl("predict", "--run", "run", "images")
+    assert code == 0 and len(rows(out)) == 11
+    (tmp_path / "vit.safetensors").rename(tmp_path / "moved.safetensors")
+    assert "vit.safetensors" in refused("predict", "--run", "run", "images")
+    assert finessl("predict", "--run", "run", "images", "--checkpoint", "moved.safetensors")[1] == out
+    torch.manual_seed(1)
+    save_file(timm.create_model("test_vit", num_classes=0).state_dict(), tmp_path / "other.safetensors")
+    assert "other weights" in refused("predict", "--run", "run", "images", "--checkpoint", "other.safetensors")
+
+
+# ---------------------------------------------------------------- demo
+
+def test_demo(finessl, tmp_path):
+    code, out, err = finessl("demo", "--steps", "2")
+    assert code == 0, err
+    for name in ("raw pixels", "zero-shot", "linear probe", "labelled-only", "FixMatch", "FineSSL"):
+        assert re.search(rf"^{name} +\d+\.\d% +\d+\.\d$", out, re.M), out
+    where = tmp_path / "finessl-demo"
+    assert Image.open(where / "demo.png").size > (1000, 400)
+    table = json.loads((where / "demo.json").read_text())["rows"]
+    for name in ("labelled-only", "fixmatch", "finessl"):
+        record = json.loads((where / name / "record.json").read_text())
+        assert record["backbone_hash"] == load_backbone("pocket").hash
+        assert record["evaluations"][-1]["accuracy"] == next(r["accuracy"] for k, r in table.items() if k.lower() == name)
+    code, out, _ = finessl("predict", "--run", where / "finessl", where / "images")
+    assert code == 0 and len(rows(out)) == 11
+    assert finessl("demo", "--steps", "1", "--quiet") == (0, "", "")       # replaces the first
+    assert json.loads((where / "finessl/record.json").read_text())["schedule"]["steps"] == 1
+
+
+# ---------------------------------------------------------------- Ctrl-C (during training: test_training.py)
+
+def test_ctrl_c_before_the_first_step(finessl, monkeypatch):
+    def stop(*args, **kwargs): raise KeyboardInterrupt
+    monkeypatch.setattr(cli, "dataset_of", stop)
+    code, out, err = finessl("train", "--data", "digits", "--per-class", "1", "--out", "run")
+    assert code == 130 and err.startswith("finessl: stopped before the first checkpoint; start again with: finessl train --data digits"), err
