@@ -56,9 +56,9 @@ REFERENCES = {"raw pixels": raw_probe, "zero-shot": zero_shot, "linear probe": l
 
 # %% ../nbs/13_comparison.ipynb #a2a1e56a
 TRIALS = {
-    "labelled-only": [(LabelledOnly(), lr) for lr in (.003, .01, .03, .05, .1, .3)],
-    "FixMatch": [(FixMatch(n_strong=2, tau=t, weight=w), lr) for t, w, lr in ((.7, 1, .01), (.7, 1, .03), (.7, 1, .1), (.5, 1, .03), (.9, 1, .03), (.7, 3, .03))],
-    "FineSSL": [(FineSSL(gamma=g), lr) for g, lr in ((3., .01), (3., .03), (3., .1), (1., .03), (.5, .03), (5., .03))],
+    "labelled-only": [(LabelledOnly(), lr) for lr in (.01, .03, .1, .3)],
+    "FixMatch": [(FixMatch(n_strong=2, tau=t, weight=w), lr) for t, w, lr in ((.7, 1, .03), (.9, 1, .03), (.7, 3, .03), (.7, 1, .1))],
+    "FineSSL": [(FineSSL(gamma=g), lr) for g, lr in ((3., .03), (1., .03), (5., .03), (3., .1))],
 }
 GAMMAS, MAP_LRS = (.3, 1., 3., 10., 30.), (.003, .01, .03, .1, .3)
 
@@ -69,7 +69,7 @@ def jobs_of(study: str, records: Path) -> list[dict]:
     if study == "constants": return [job(row, n, s, algorithm=a) for s in range(20) for n in (1, 2, 4) for row, a in ROWS.items()]
     if study == "open": return [job(row, n, s, algorithm=ROWS[row], known=6) for s in range(10) for n in (2,) for row in OPEN_SET]
     if study == "tune": return [job(f"{m} #{i}", n, s, algorithm=a, lr=lr, dev=True) for s in range(100, 105) for n in (1, 2, 4) for m, ts in TRIALS.items() for i, (a, lr) in enumerate(ts)]
-    if study == "tuned": return [job(m, n, s, algorithm=TRIALS[m][i][0], lr=TRIALS[m][i][1]) for m, i in chosen(records).items() for s in range(20) for n in (1, 2, 4)]
+    if study == "tuned": return [job(m, n, s, algorithm=TRIALS[m][i][0], lr=TRIALS[m][i][1]) for s in range(10) for m, i in chosen(records).items() for n in (1, 2, 4)]
     if study == "differences": return [job(row, 1, s, **{"algorithm": FineSSL()} | kw) for s in range(10) for row, kw in DIFFERENCES.items()]
     if study == "map": return [job(f"γ={g} lr={lr}", 1, s, algorithm=FineSSL(gamma=g), lr=lr, dev=True) for s in range(100, 102) for g in GAMMAS for lr in MAP_LRS]
     raise ValueError(f"study must be one of {STUDIES}, got {study!r}")
@@ -84,14 +84,14 @@ def run_job(job: dict, encoder) -> dict: # the record of one run
     if job.get("dev"): dataset = holdout(dataset, 400, job["seed"])
     schedule = kw.pop("schedule", SCHEDULE)
     if "lr" in job: schedule = schedule._replace(lr=job["lr"])
-    run = fit(dataset, encoder, job["algorithm"], schedule=schedule, seed=job["seed"], n_prompts=PROMPTS, evals=EVALS, progress=False,
+    run = fit(dataset, encoder, job["algorithm"], schedule=schedule, seed=job["seed"], n_prompts=PROMPTS, evals=1 if job.get("dev") else EVALS, progress=False,
               command=f"python -m finessl.comparison {job['study']}", **{"batch": BATCH} | kw)
     return {k: job[k] for k in ("study", "row", "n_per_class", "known")} | {"dev": bool(job.get("dev"))} | run.record
 
-def _worker(queue, results):
+def _worker(jobs, results):
     torch.set_num_threads(1)
     encoder = load_backbone("pocket")
-    for job in iter(queue.get, None): results.put(run_job(job, encoder))
+    while (job := jobs.get()) is not None and multiprocessing.parent_process().is_alive(): results.put(run_job(job, encoder))
 
 # %% ../nbs/13_comparison.ipynb #06d2f40c
 def run_study(
