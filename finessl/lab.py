@@ -134,7 +134,10 @@ class Lab:
 
     def runs(self, algorithms: dict, n_per_class: int, seeds=range(10), **changes) -> dict: # name -> list of LabRun, one per seed
         "Every algorithm on the same splits and from the same initial heads."
-        return {name: [self.run(a, n_per_class, seed, **changes) for seed in seeds] for name, a in algorithms.items()}
+        done = {name: [] for name in algorithms}
+        for seed in seeds:
+            for name, algorithm in algorithms.items(): done[name].append(self.run(algorithm, n_per_class, seed, **changes))
+        return done
 
 # %% ../nbs/06_lab.ipynb #296adfad
 def lab_run(
@@ -250,7 +253,7 @@ def gate(
 # %% ../nbs/06_lab.ipynb #81cd3480
 COLOURS = MappingProxyType({
     "raw pixels": "#BBBBBB", "zero-shot": "#CC79A7", "linear probe": "#777777", "labelled-only": "#56B4E9", "FixMatch": "#E69F00",
-    "FineSSL": "#009E73", "FineSSL (paper)": "#004D40", "− margin": "#D55E00", "margins averaged": "#8C564B", "margins permuted": "#882255",
+    "FixMatch + margin": "#66A61E", "FineSSL": "#009E73", "FineSSL (paper)": "#004D40", "− margin": "#D55E00", "margins averaged": "#8C564B", "margins permuted": "#882255",
     "− smoothing": "#0072B2", "− reweighting": "#332288",
     "truth": "#000000", "right": "#0072B2", "wrong": "#D55E00", "out of distribution": "#999933",
     "biased": "#AA3377", "balanced": "#228833"})
