@@ -203,7 +203,7 @@ def forward(
     features=None # what to call for features, such as a compiled form; None: model.features
 ) -> Step:
     "Logits of both heads; the weak views without gradient, the auxiliary head on detached features."
-    B, aux, features = len(images["x_lb"]), "aux" in algorithm.needs, features or model.features
+    B, aux, features = len(images["x_lb"]), "aux" in algorithm.needs, model.features if features is None else features
     x = torch.cat([images["x_lb"], images["x_s"]]) if "x_s" in images else images["x_lb"]
     feat = features(x)
     z = model.head(feat).float()
