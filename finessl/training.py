@@ -7,9 +7,10 @@ __all__ = ['EPOCHS', 'short', 'paper', 'LABELLED', 'UNLABELLED', 'VIEW_LB', 'VIE
            'POOL_IMAGES', 'Step', 'LabelledOnly', 'FixMatch', 'Schedule', 'lr_at', 'labelled_indices', 'on_device',
            'ahead', 'side_stream', 'on_stream', 'arrived', 'step_images', 'forward', 'TrainingError', 'Guard',
            'logits_of', 'autocast', 'summary', 'write_atomic', 'write_json', 'read_records', 'environment',
-           'folder_lock', 'Interrupt', 'Run', 'trained_state', 'build_model', 'load_run', 'default_device', 'Meter',
-           'save_checkpoint', 'differences', 'surroundings', 'read_checkpoint', 'restore', 'describe', 'split_of',
-           'optimizer_of', 'evaluate', 'train_step', 'compiled', 'depth_for', 'fit', 'train', 'postfix', 'finish']
+           'folder_lock', 'Interrupt', 'Run', 'trained_state', 'default_prompts', 'build_model', 'load_run',
+           'default_device', 'Meter', 'save_checkpoint', 'differences', 'surroundings', 'read_checkpoint', 'restore',
+           'describe', 'split_of', 'optimizer_of', 'evaluate', 'train_step', 'compiled', 'depth_for', 'fit', 'train',
+           'postfix', 'finish']
 
 # %% ../nbs/05_training.ipynb #f869d55e
 import contextlib, dataclasses, functools, hashlib, json, math, os, platform, signal, subprocess, sys, threading, time
@@ -382,7 +383,14 @@ def trained_state(model: nn.Module) -> dict: # name -> tensor
     return {k: v for k, v in model.named_parameters() if v.requires_grad}
 
 # %% ../nbs/05_training.ipynb #9979b7f8
-def build_model(encoder, n_classes: int, peft: str = "vpt", n_prompts: int = 8, seed: int = 0) -> Model:
+@torch.no_grad()
+def default_prompts(encoder) -> int:
+    "As many prompts for the encoder's tokens as the paper's 50 for the 197 of ViT-B/16 at 224 px."
+    size, device = encoder.image_size, next(encoder.parameters()).device
+    return max(1, round(50 * encoder.tokens(torch.zeros(1, 3, size, size, device=device)).shape[1] / 197))
+
+# %% ../nbs/05_training.ipynb #7b9fcc6f
+def build_model(encoder, n_classes: int, peft: str = "vpt", n_prompts: int = 50, seed: int = 0) -> Model:
     "Encoder, prompts and two cosine heads, initialised from `seed` whatever was drawn before."
     if peft not in ("vpt", "linear"): raise ValueError(f'peft must be "vpt" or "linear", got {peft!r}')
     with torch.random.fork_rng(devices=[]):
@@ -596,6 +604,7 @@ def fit(
     lr_at(schedule, 0), autocast("cpu", precision), labelled_indices(seed, 0, len(dataset.x_lb), batch, schedule, labelled) # each refuses what it does not know
     encoder, device = load_backbone(backbone) if isinstance(backbone, str) else backbone, torch.device(device or default_device())
     views, init_seed = views or default_views(dataset, encoder), seed if init_seed is None else init_seed
+    n_prompts = default_prompts(encoder) if n_prompts is None else n_prompts
     settings = {"algorithm": describe(algorithm), "backbone": encoder.name, "backbone_hash": encoder.hash, "peft": peft, "n_prompts": n_prompts if peft == "vpt" else 0,
                 "dataset": split_of(dataset), "classes": list(dataset.classes), "n_lb": len(dataset.x_lb), "n_ulb": len(dataset.x_ulb), "n_test": len(dataset.x_test),
                 "views": {"weak": describe(views.weak), "strong": describe(views.strong)}, "image_size": views.size, "read_size": max(dataset.x_lb.shape[-2:]), "mean": list(views.mean), "std": list(views.std), "schedule": schedule._asdict(),
