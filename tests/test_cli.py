@@ -165,7 +165,7 @@ def test_bad_images_are_named_and_nothing_is_written(refused, folder, tmp_path, 
 def test_unreadable_images_are_left_out_when_asked(finessl, folder, tmp_path):
     damaged(folder, tmp_path, lambda d: [empty(d / "train/one/2.png"), cut(d / "unlabelled/1.png")])
     code, out, err = finessl("train", "--data", "data", *TINY, "--skip-unreadable", "--out", "run")
-    assert code == 0 and "2 unreadable files left out" in out
+    assert code == 0 and "left out as unreadable: 2" in out
     assert json.loads((tmp_path / "run/record.json").read_text())["dataset"]["skipped"] == 2
 
 
@@ -272,7 +272,7 @@ def test_predict_names_what_it_cannot_read(refused, finessl, trained, folder, tm
     assert "test/one/7.png" in refused("predict", "--run", run, "data/test", "--out", "p.csv").replace("\\", "/")
     assert not (tmp_path / "p.csv").exists()
     code, out, err = finessl("predict", "--run", run, "data/test", "--skip-unreadable")
-    assert code == 0 and len(rows(out)) == 12 and err == "finessl: 1 of 12 files cannot be read and are left out\n"
+    assert code == 0 and len(rows(out)) == 12 and err == "finessl: left out as unreadable: 1 of 12 files\n"
     (tmp_path / "nothing").mkdir()
     assert "nothing holds no image files" in refused("predict", "--run", run, "nothing")
     assert "nowhere.png: path does not exist" in refused("predict", "--run", run, "nowhere.png")
