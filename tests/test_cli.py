@@ -262,6 +262,8 @@ def test_predict_is_run_predict(finessl, trained, folder, tmp_path):
     assert [[f"{v:.6f}" for v in row] for row in p.tolist()] == [line[3:] for line in lines]
     assert [head[3 + k] for k in p.argmax(1).tolist()] == [line[1] for line in lines]
     assert [f"{v:.6f}" for v in p.amax(1).tolist()] == [line[2] for line in lines]
+    right = [line[1] == Path(line[0]).parent.name for line in lines[:12]]      # the very number of the record: images are read as in training
+    assert sum(right) / 12 == pytest.approx(json.loads((run / "record.json").read_text())["evaluations"][-1]["accuracy"], abs=1e-6)
     assert finessl("predict", "--run", run, folder / "test", folder / "unlabelled/0.png", "--out", "p.csv") == (0, "", "")
     assert (tmp_path / "p.csv").read_text() == out
 
