@@ -96,7 +96,7 @@ def add_train(commands, common):
     g.add_argument("--backbone", default="pocket", help="pocket, open_clip:ARCHITECTURE/PRETRAINED, or timm:NAME")
     g.add_argument("--checkpoint", metavar="FILE", help="the encoder's weights in a local file (default: its pretrained ones)")
     g.add_argument("--peft", choices=("vpt", "linear"), default="vpt", help="train prompts in every layer and heads, or heads alone")
-    g.add_argument("--prompts", metavar="P", type=whole, help="prompts per layer, for --peft vpt (default: 8; the paper uses 50 on ViT-B/16)")
+    g.add_argument("--prompts", metavar="P", type=whole, help="prompts per layer, for --peft vpt (default: 50 for 197 tokens, as in the paper; 4 for the pocket)")
     g.add_argument("--init-seed", metavar="S", type=int, help="initial prompts and heads (default: as --seed)")
     g = p.add_argument_group("training")
     g.add_argument("--seed", metavar="S", type=int, default=0, help="order of the images and their random views")
@@ -234,7 +234,7 @@ def train(args):
     encoder.checkpoint = args.checkpoint                       # into the record, for `predict`
     skipped = f"; left out as unreadable: {dataset.split.skipped}" if dataset.split.skipped else ""
     say(f"{args.data}: {len(dataset.classes)} classes, {len(dataset.x_lb)} labelled images, {len(dataset.x_ulb)} in the pool, {len(dataset.x_test)} for the test{skipped}")
-    run = fit(dataset, encoder, algorithm, args.peft, args.prompts or 8, schedule=Schedule(args.steps, args.lr, args.decay, args.clear_every), batch=args.batch, mu=args.mu,
+    run = fit(dataset, encoder, algorithm, args.peft, args.prompts, schedule=Schedule(args.steps, args.lr, args.decay, args.clear_every), batch=args.batch, mu=args.mu,
               views=natural_views(encoder.image_size, args.mean, args.std) if args.mean else None, labelled=args.labelled, seed=args.seed, init_seed=args.init_seed, device=device, precision=args.precision, evals=args.evals, out=args.out,
               checkpoint_every=args.checkpoint_every, resume=args.resume, progress=bar(args), command=args.command_line)
     last = run.record["evaluations"][-1]

@@ -573,7 +573,7 @@ def fit(
     backbone, # an encoder, or a name for load_backbone
     algorithm, # LabelledOnly(), FixMatch(), FineSSL(), …
     peft: str = "vpt", # "vpt": prompts in every layer; "linear": heads on frozen features
-    n_prompts: int = 8, # prompts per layer; the paper uses 50 on ViT-B/16
+    n_prompts: int|None = None, # prompts per layer; None: as many for its tokens as the paper's 50 for ViT-B/16's 197
     views: Views|None = None, # None: the digits' recipe for digits, the paper's for anything else
     schedule: Schedule = short,
     batch: int = 32, # labelled images per step

@@ -89,7 +89,7 @@ def test_defaults_are_those_of_fit_and_of_the_algorithms():
     args = cli.make_parser().parse_args(["train", "--data", "digits", "--out", "r"])
     fit = {k: v.default for k, v in inspect.signature(training.fit).parameters.items()}
     for key in ("peft", "batch", "mu", "seed", "init_seed", "precision", "evals", "device"): assert getattr(args, key) == fit[key], key
-    assert (args.steps, args.lr) == (fit["schedule"].steps, fit["schedule"].lr) and fit["n_prompts"] == 8
+    assert (args.steps, args.lr) == (fit["schedule"].steps, fit["schedule"].lr) and fit["n_prompts"] is None
     for name, algorithm in {"finessl": FineSSL(), "fixmatch": FixMatch(), "labelled-only": LabelledOnly()}.items():
         fields = dataclasses.asdict(algorithm)
         assert cli.OPTIONS[name] == {k: fields[k] for k in cli.OPTIONS[name]}
