@@ -464,4 +464,6 @@ def load_backbone(
     model = source.build()
     if path is not False: model = load_weights(model, path, name)
     if image_size is not None: _resize(model, image_size, name)
-    return Encoder(model, name, source.mean, source.std, source.tokenizer if hasattr(model, "encode_text") else None)
+    encoder = Encoder(model, name, source.mean, source.std, source.tokenizer if hasattr(model, "encode_text") else None)
+    encoder.checkpoint = checkpoint if checkpoint in (None, False) else str(checkpoint)   # into the record of a run
+    return encoder

@@ -231,7 +231,6 @@ def train(args):
     say = (lambda text: None) if args.quiet else lambda text: print(text, flush=True)
     device, dataset, algorithm = device_of(args.device), dataset_of(args), algorithm_of(args)
     encoder = load_backbone(args.backbone, args.checkpoint, args.image_size)
-    encoder.checkpoint = args.checkpoint                       # into the record, for `predict`
     skipped = f"; left out as unreadable: {dataset.split.skipped}" if dataset.split.skipped else ""
     say(f"{args.data}: {len(dataset.classes)} classes, {len(dataset.x_lb)} labelled images, {len(dataset.x_ulb)} in the pool, {len(dataset.x_test)} for the test{skipped}")
     run = fit(dataset, encoder, algorithm, args.peft, args.prompts, schedule=Schedule(args.steps, args.lr, args.decay, args.clear_every), batch=args.batch, mu=args.mu,
