@@ -220,6 +220,7 @@ def tiny_kinds() -> dict: # kind -> arguments of the library's constructor
     return ({k: timm_vit | v for k, v in kinds.items()} | {"timm, distillation token": deit,
             "timm, hybrid stem": stem} | clip)
 
+# %% ../nbs/03_backbone.ipynb #29fd1cb7
 def tiny_encoder(
     kind: str, # one of `tiny_kinds()`
     seed: int = 0 # of the weights

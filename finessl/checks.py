@@ -251,6 +251,7 @@ def plain_prompts(encoder, x, prompts, deep=True):
         h = block.module(h)
     return encoder.norm(h)[:, 0]
 
+# %% ../nbs/04_peft.ipynb #60788fe1
 def check_vpt(
     f, # VPT(encoder, n_prompts, deep=True, seed=None), a module from images to features with `.prompts`
     encoder, # a frozen encoder; a wrong version can be right on some kinds, so try several

@@ -353,6 +353,7 @@ def card(r: Recipe, losses: list, seconds: float, device: str) -> dict:
             "versions": {"python": platform.python_version(), "torch": torch.__version__, "open_clip": open_clip.__version__, "numpy": np.__version__,
                          "scipy": scipy.__version__, "pillow": PIL.__version__, "matplotlib": matplotlib.__version__}}
 
+# %% ../nbs/90_pocket.ipynb #65f016ec
 def save_pocket(
     model: nn.Module, card: dict, folder, # a folder, made if needed
     name: str = "pocket",
@@ -432,6 +433,7 @@ def block_counts(
     "The raw pixels / 16 behind enlarged digits, found again by looking them up."
     return np.stack([raw_digits()[image.tobytes()] for image in x[:, 0].numpy()])
 
+# %% ../nbs/90_pocket.ipynb #07718957
 def probe(a: np.ndarray, y_a: Tensor, b: np.ndarray, y_b: Tensor) -> float: # accuracy in %
     "Train a logistic regression (C = 10) on a, score it on b."
     from sklearn.linear_model import LogisticRegression
