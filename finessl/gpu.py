@@ -6,9 +6,8 @@
 __all__ = ['presets', 'ARCHIVES', 'VARIANTS', 'CHAIN', 'setting', 'answers', 'torchvision_parts', 'torchvision_dataset',
            'labelled_part', 'read_list', 'image_lists', 'from_preset', 'dataset_of', 'written_attention', 'WrittenVPT',
            'one_batch', 'HostPace', 'HostFineSSL', 'pillow_operation', 'PillowView', 'Variant', 'Bench', 'noise',
-           'Trainer', 'NoUpdate', 'on_meta', 'dry_steps', 'Operations', 'step_flops', 'wait', 'seconds',
-           'product_flops', 'resident', 'peak_memory', 'turn', 'bench', 'report', 'bench_table', 'compilations',
-           'read_bench', 'gains']
+           'Trainer', 'NoUpdate', 'on_meta', 'dry_steps', 'Operations', 'step_flops', 'wait', 'seconds', 'product',
+           'resident', 'peak_memory', 'turn', 'bench', 'report', 'bench_table', 'compilations', 'read_bench', 'gains']
 
 # %% ../nbs/12_gpu.ipynb #4f07a20d
 import contextlib, ctypes, gc, hashlib, json, os, statistics, threading, time, urllib.error, urllib.request
@@ -138,9 +137,9 @@ def read_list(
     if not file.is_file(): raise DataError(f"list file does not exist: {file}")
     pairs = []
     for n, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
-        if not (line := line.strip()): continue
+        if not (line := line.strip(" \r")): continue
         path, _, label = line.rpartition("\t" if "\t" in line else " ")
-        if not path: path, label = line, None
+        path, label = (path, label or None) if path else (line, None)
         if label is None and infer: label = Path(path).parent.name
         if label == "": raise DataError(f"{file}, line {n}: {path!r} has no label and lies in no folder")
         pairs.append((path, label))
@@ -439,20 +438,20 @@ def wait(device):
     if device.type == "cuda": torch.cuda.synchronize(device)
     if device.type == "mps": torch.mps.synchronize()
 
-def seconds(f, device) -> float:
+def seconds(f, device) -> Tensor: # (2,) float64: by the clock on the wall, and of this process's CPU time
     "Seconds that `f` takes, the device's work included."
     wait(device)
-    start = time.perf_counter()
+    wall, cpu = time.perf_counter(), time.process_time()
     f()
     wait(device)
-    return time.perf_counter() - start
+    return torch.tensor([time.perf_counter() - wall, time.process_time() - cpu], dtype=torch.float64)
 
-def product_flops(device, precision: str) -> float: # floating point operations per second
-    "Speed of one large square matrix product."
+def product(device, precision: str) -> tuple[int, Tensor]: # floating point operations; seconds (2,)
+    "Time one large square matrix product."
     n, dtype = 8192 if device.type == "cuda" else 2048, torch.bfloat16 if precision == "bf16" else torch.float32
     a = torch.full((n, n), .01, device=device, dtype=dtype)
     a @ a
-    return 2 * n**3 / seconds(lambda: a @ a, device)
+    return 2 * n**3, seconds(lambda: a @ a, device)
 
 # %% ../nbs/12_gpu.ipynb #7f4ff010
 def resident(what: str) -> int|None: # bytes; None where the system does not tell
@@ -480,11 +479,11 @@ def peak_memory(f, model, device) -> float|None: # MB
 def turn(
     trainer: Trainer, t: int,
     n: int # steps
-) -> tuple[float, float]: # seconds a step without views, with views
+) -> tuple[Tensor, Tensor]: # seconds (2,) a step without views, with views
     "Time `n` steps of a variant from step `t` on, as `fit` runs them."
     b, depth = trainer.b, depth_for(trainer.dataset, trainer.b.device) if trainer.v.views == "batch" else 0
     if depth == 0:
-        alone, views = 0., 0.
+        alone, views = torch.zeros(2, dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
         for i in range(t, t + n):
             made = []
             views += seconds(lambda: made.append(trainer.images(i)), b.device)
@@ -512,7 +511,9 @@ def bench(
     if unknown := [v for v in variants if v not in VARIANTS]: raise ValueError(f"no variant is called {unknown[0]!r}; there are {', '.join(VARIANTS)}")
     device = torch.device(device or default_device())
     precision, n = precision or ("float32" if device.type == "cpu" else "bf16"), 20 if device.type == "cuda" else 1
-    encoder = load_backbone(backbone, False, image_size)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        encoder = load_backbone(backbone, False, image_size)
     b = Bench(encoder, device, batch, precision, n_prompts, pool)
     flops, trainers = {v: step_flops(VARIANTS[v], b) for v in dict.fromkeys((*variants, "finessl"))}, {v: Trainer(VARIANTS[v], b) for v in variants}
     found = {}
@@ -525,10 +526,10 @@ def bench(
             memory = peak_memory(lambda: t.step(t.images(4), 4), t.model, device)
             t.encoder(images)
         found[name] = {"loss": round(loss[0], 5), "peak_memory_mb": memory}
-    times, parts, product = {v: [] for v in variants}, {}, []
+    times, parts, products = {v: [] for v in variants}, {}, []
     with torch.compiler.set_stance("fail_on_recompile"):       # everything was compiled in the first steps
         for r in range(steps):
-            product.append(product_flops(device, precision))
+            products.append(product(device, precision))
             for name in list(variants)[r % len(variants):] + list(variants)[:r % len(variants)]:
                 say(f"round {r + 1} of {steps}: {name}")
                 t = trainers[name]
@@ -536,23 +537,27 @@ def bench(
                 if r == 0:
                     images = t.images(0)
                     parts[name] = seconds(lambda: t.encoder(images), device) / times[name][0][0] # the encoder's share of this step
-    return report(b, found, times, parts, flops, statistics.median(product))
+    return report(b, found, times, parts, flops, products)
 
 # %% ../nbs/12_gpu.ipynb #4259b5e3
-def report(b: Bench, found: dict, times: dict, parts: dict, flops: dict, product: float) -> dict:
+def report(b: Bench, found: dict, times: dict, parts: dict, flops: dict, products: list) -> dict:
     "Medians, shares and utilisation, as JSON."
-    encoder = b.encoder
+    encoder, clock = b.encoder, int(b.device.type == "cpu") # utilisation and shares: CPU time on a CPU, the wall's elsewhere
+    speed = statistics.median(float(n / s[clock]) for n, s in products)
+    median = lambda column, clock: statistics.median(float(s[clock]) for s in column)
     for name, rows in times.items():
-        step, full = (statistics.median(column) for column in zip(*rows))
-        views, features = max(0., full - step), min(1., parts[name]) * step
-        found[name] = {"step_ms": round(1e3 * step, 2), "step_with_views_ms": round(1e3 * full, 2), "mfu": round(flops["finessl"] / step / product, 4)} | found[name] | {
+        (step, full), (cpu_step, cpu_full) = ([median(column, c) for column in zip(*rows)] for c in (0, 1))
+        mine, all_of_it = (cpu_step, cpu_full) if clock else (step, full)
+        views, features = max(0., all_of_it - mine), min(1., float(parts[name][clock])) * mine
+        found[name] = {"step_ms": round(1e3 * step, 2), "step_with_views_ms": round(1e3 * full, 2), "mfu": round(flops["finessl"] / mine / speed, 4)} | found[name] | {
             "images_per_s": round(4 * b.batch / full, 1), "tflop_per_step": round(flops[name] / 1e12, 4), "preset_seconds": round(paper.steps * full, 1),
-            "share": {"views": round(views / full, 3), "encoder": round(features / full, 3), "rest": round((step - features) / full, 3)},
-            "spread_ms": [round(1e3 * v, 2) for v in (min(r[0] for r in rows), max(r[0] for r in rows))]}
+            "share": {"views": round(views / all_of_it, 3), "encoder": round(features / all_of_it, 3), "rest": round((mine - features) / all_of_it, 3)},
+            "cpu_ms": {"step": round(1e3 * cpu_step, 2), "step_with_views": round(1e3 * cpu_full, 2)},
+            "spread_ms": [round(1e3 * v, 2) for v in (min(float(r[0][0]) for r in rows), max(float(r[0][0]) for r in rows))]}
     facts = environment(b.device)
     return {"device": facts["device"], "encoder": encoder.name, "batch": b.batch, "variants": found, "views_per_step": [b.batch, b.batch, 2 * b.batch],
             "image_size": encoder.image_size, "n_prompts": b.n_prompts, "pool": b.pool, "precision": b.precision, "rounds": len(next(iter(times.values()))),
-            "product_tflops": round(product / 1e12, 3), "threads": facts["threads"], "versions": facts["versions"], "commit": facts["commit"], "dirty": facts["dirty"]}
+            "product_tflops": round(speed / 1e12, 3), "threads": facts["threads"], "versions": facts["versions"], "commit": facts["commit"], "dirty": facts["dirty"]}
 
 # %% ../nbs/12_gpu.ipynb #8afdec0a
 def bench_table(result: dict) -> str:
@@ -588,7 +593,8 @@ def gains(result: dict) -> dict: # variant -> row of numbers
     for name in (n for n in CHAIN if n in result["variants"]):
         v = result["variants"][name]
         ratio = lambda key: None if before is None else round(before[key] / v[key], 2)
-        rows[name] = {"TFLOP": v["tflop_per_step"], "expected": ratio("tflop_per_step"), "step s": round(v["step_ms"] / 1e3, 2), "measured": ratio("step_ms"),
+        cpu = v["cpu_ms"]["step"]
+        rows[name] = {"TFLOP": v["tflop_per_step"], "expected": ratio("tflop_per_step"), "step, CPU s": round(cpu / 1e3, 2), "measured": None if before is None else round(before["cpu_ms"]["step"] / cpu, 2),
                       "views, share": v["share"]["views"], "memory MB": v["peak_memory_mb"], "MFU %": round(100 * v["mfu"], 1), "loss": v["loss"]}
         before = v
     return rows

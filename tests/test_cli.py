@@ -1,18 +1,16 @@
 """The command line as its users meet it: start, help, errors, Ctrl-C, predictions."""
-import csv, dataclasses, inspect, io, json, os, re, shutil, subprocess, sys, time
+import csv, dataclasses, functools, inspect, io, json, os, re, shutil, subprocess, sys, time
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from finessl import cli, training
+from finessl import cli, gpu, training
 from finessl.algorithms import FineSSL
 from finessl.backbone import load_backbone
-from finessl.data import ImageFiles, check_dataset
 from finessl.training import FixMatch, LabelledOnly, load_run
 
 root = Path(__file__).resolve().parent.parent
@@ -170,30 +168,12 @@ def test_unreadable_images_are_left_out_when_asked(finessl, folder, tmp_path):
 
 
 def test_named_data_offline(refused, monkeypatch, tmp_path):
-    monkeypatch.setattr(cli, "reachable", lambda host: False)
-    for name, (host, archive) in cli.ARCHIVES.items():
+    monkeypatch.setattr(gpu, "torchvision_dataset", functools.partial(gpu.torchvision_dataset, ask=lambda url: "no network"))
+    for name, archive in {"cifar10": "cifar-10-python.tar.gz", "cifar100": "cifar-100-python.tar.gz", "food101": "food-101.tar.gz"}.items():
         begin = time.time()
         err = refused("train", "--data", name, "--per-class", "1", "--out", "run", "--data-dir", "data")
-        assert host in err and archive in err and time.time() - begin < 5
+        assert f"bring {archive}" in err and "put it into data" in err and time.time() - begin < 5
     assert not list(tmp_path.iterdir())
-
-
-def test_nobody_answers():
-    assert not cli.reachable("no-such-host.invalid")
-
-
-def test_named_data_become_a_dataset(monkeypatch, folder, tmp_path):
-    y = [0, 1, 2] * 4
-    part = SimpleNamespace(data=np.arange(12 * 32 * 32 * 3, dtype="uint32").astype("uint8").reshape(12, 32, 32, 3), targets=y, classes=["a", "b", "c"])
-    monkeypatch.setattr(cli, "torchvision_parts", lambda name, folder: (part, part))
-    ds = check_dataset(cli.torchvision_dataset("cifar10", 2, 0, tmp_path))
-    assert ds.x_ulb.shape == (12, 3, 32, 32) and ds.y_lb.tolist() == [0, 0, 1, 1, 2, 2] and ds.split.source == "cifar10"
-    assert ds.x_ulb[3, 1, 2, 5] == part.data[3, 2, 5, 1] and torch.equal(ds.x_lb, ds.x_ulb[ds.split.idx_lb])
-    assert cli.torchvision_dataset("cifar10", 2, 1, tmp_path).split.hash != ds.split.hash
-    files = sorted((folder / "train").rglob("*.png"))
-    part = SimpleNamespace(_image_files=files, _labels=[0] * 6 + [1] * 6 + [2] * 6, classes=["one", "two", "zero"])
-    ds = check_dataset(cli.torchvision_dataset("food101", 2, 0, tmp_path))
-    assert isinstance(ds.x_ulb, ImageFiles) and len(ds.x_lb) == 6 and ds.x_lb[0].shape == (3, 256, 256)
 
 
 def test_debug_shows_the_traceback(finessl, monkeypatch):

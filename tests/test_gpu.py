@@ -1,0 +1,213 @@
+"The paper's scale: presets, list files, offline messages, the benchmark, and what needs a GPU."
+import contextlib, functools, io, json, time
+from types import SimpleNamespace
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from finessl import gpu
+from finessl.algorithms import FineSSL
+from finessl.backbone import load_backbone
+from finessl.checks import check_fetches_nothing
+from finessl.cli import main
+from finessl.data import DataError, ImageFiles, check_dataset, digits
+from finessl.gpu import CHAIN, VARIANTS, Bench, Trainer, bench, compilations, dry_steps, from_preset, image_lists, presets, step_flops
+from finessl.training import FixMatch, Schedule, ahead, fit, on_device, step_images, trained_state
+from finessl.views import natural_views
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+tiny = "timm:vit_tiny_patch16_224"
+
+
+@functools.cache
+def encoder(): return load_backbone(tiny, False, 48)
+
+
+def small(device="cpu", **kwargs):
+    return Bench(encoder(), torch.device(device), 2, "float32", **dict(n_prompts=4, pool=64, n_classes=5, schedule=Schedule(30)) | kwargs)
+
+
+def folder_of_lists(folder, labelled, unlabelled=(), test=()):
+    for c in ("cat", "dog"):
+        (folder / c).mkdir()
+        for i in range(5): Image.effect_noise((40, 30), 90).convert("RGB").save(folder / c / f"a {i}.jpg")
+    for name, lines in (("labelled", labelled), ("unlabelled", unlabelled), ("test", test)):
+        if lines: (folder / f"{name}.txt").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+# Presets
+
+def test_presets_hold_the_papers_constants():
+    assert len(presets) == 13
+    for name, p in presets.items():
+        schedule = p["fit"]["schedule"]
+        assert (schedule.steps, schedule.lr, schedule.decay, schedule.clear_every) == (15_000, .03, "epoch", 500)
+        assert p["algorithm"] == {"zeta": .7, "alpha": 8., "lam": .5, "gamma": 1. if name in ("cifar10-n1", "semi-aves-ood") else 3.}
+        assert p["fit"]["batch"] == {"cifar10-n1": 8, "cifar10-n2": 16}.get(name, 32) and p["fit"]["n_prompts"] == 50
+    assert {p["data"]["n_per_class"] for n, p in presets.items() if n.startswith("cifar100")} == {4, 25, 100}
+
+
+def test_unknown_names_are_refused():
+    with pytest.raises(ValueError, match="no preset is called 'cifar-4'; there are cifar10-n1"): from_preset("cifar-4")
+    with pytest.raises(ValueError, match="normalisation must be"): from_preset("cifar10-n4", normalisation="clip")
+    with pytest.raises(DataError, match="no data set is called"): gpu.torchvision_dataset("mnist", 1)
+
+
+@pytest.mark.parametrize("name, file", [("cifar10", "cifar-10-python.tar.gz"), ("cifar100", "cifar-100-python.tar.gz"), ("food101", "food-101.tar.gz")])
+def test_offline_says_which_file_to_bring(name, file, tmp_path):
+    with pytest.raises(DataError, match=f"{name} is not in .*; bring {file} .* from http.* and put it into"):
+        gpu.torchvision_dataset(name, 1, folder=tmp_path, ask=lambda url: "no answer")
+    (tmp_path / file).write_bytes(b"half an archive")
+    with pytest.raises(DataError, match=f"{file} is damaged .*; bring {file}"): gpu.torchvision_dataset(name, 1, folder=tmp_path, ask=lambda url: "no answer")
+
+
+def test_a_server_that_is_not_there_is_known_within_5_seconds():
+    start = time.perf_counter()
+    assert gpu.answers("https://no-such-host.invalid/a.tar.gz") != "" and gpu.answers("https://10.255.255.1/a.tar.gz") != ""
+    assert time.perf_counter() - start < 5
+
+
+def test_named_data_become_a_dataset(monkeypatch, tmp_path):
+    part = SimpleNamespace(data=np.arange(12 * 32 * 32 * 3, dtype="uint32").astype("uint8").reshape(12, 32, 32, 3), targets=[0, 1, 2] * 4, classes=["a", "b", "c"])
+    monkeypatch.setattr(gpu, "torchvision_parts", lambda name, folder, ask: (part, part))
+    ds = check_dataset(gpu.torchvision_dataset("cifar10", 2, 0, tmp_path))
+    assert ds.x_ulb.shape == (12, 3, 32, 32) and ds.y_lb.tolist() == [0, 0, 1, 1, 2, 2] and ds.split.source == "cifar10"
+    assert ds.x_ulb[3, 1, 2, 5] == part.data[3, 2, 5, 1] and torch.equal(ds.x_lb, ds.x_ulb[ds.split.idx_lb])
+    assert gpu.torchvision_dataset("cifar10", 2, 1, tmp_path).split.hash != ds.split.hash
+    folder_of_lists(tmp_path, ["cat/a 0.jpg\tcat"])
+    part = SimpleNamespace(_image_files=sorted(tmp_path.rglob("*.jpg")), _labels=[0] * 5 + [1] * 5, classes=["cat", "dog"])
+    ds = check_dataset(gpu.torchvision_dataset("food101", 2, 0, tmp_path))
+    assert isinstance(ds.x_ulb, ImageFiles) and len(ds.x_lb) == 4 and ds.x_lb[0].shape == (3, 256, 256)
+
+
+# List files
+
+def test_list_files(tmp_path):
+    ds = image_lists(folder_of_lists(tmp_path, ["cat/a 0.jpg\tcat", "dog/a 0.jpg\tdog", "dog/a 1.jpg\tdog"],
+                                     ["cat/a 0.jpg\t", "cat/a 1.jpg\t", "dog/a 2.jpg\towl"], ["cat/a 4.jpg\tcat"]), n_per_class=1, image_size=32)
+    check_dataset(ds)
+    assert ds.classes == ("cat", "dog") and ds.y_lb.tolist() == [0, 1] and len(ds.x_ulb) == 5
+    assert ds.y_ulb.tolist()[2] == 2 # a class without a label: out of distribution
+    assert torch.equal(ds.x_ulb[ds.split.idx_lb], ds.x_lb[:])
+
+
+def test_list_files_name_the_line_that_is_wrong(tmp_path):
+    with pytest.raises(DataError, match="list file does not exist"): image_lists(tmp_path)
+    (tmp_path / "labelled.txt").write_text("a.jpg\n")
+    with pytest.raises(DataError, match="labelled.txt, line 1: 'a.jpg' has no label"): image_lists(tmp_path)
+
+
+def test_numbers_are_sorted_as_numbers(tmp_path):
+    (tmp_path / "labelled.txt").write_text("".join(f"{i}.jpg {i}\n" for i in (10, 2, 1)))
+    assert image_lists(tmp_path).classes == ("1", "2", "10")
+
+
+# Images never wait, and nothing changes by that
+
+def test_images_made_ahead_are_the_same_and_in_order(tmp_path):
+    folder_of_lists(tmp_path, [f"{c}/a {i}.jpg\t{c}" for c in ("cat", "dog") for i in range(5)])
+    ds, views, algorithm = image_lists(tmp_path, image_size=40), natural_views(32), FineSSL()
+    lb, ulb = on_device(ds.x_lb, "cpu"), on_device(ds.x_ulb, "cpu")
+    make = lambda t: step_images(ds, views, algorithm, lb, ulb, 0, t, 3, 1, Schedule(30))
+    for plain, early in zip(ahead(make, range(6), 0), ahead(make, range(6), 3)):
+        assert plain.keys() == early.keys() and all(torch.equal(v, early[k]) for k, v in plain.items())
+
+
+def test_an_error_in_a_worker_reaches_the_loop(tmp_path):
+    def make(t):
+        if t == 3: raise DataError("cannot read image 3")
+        return t
+    seen = []
+    with pytest.raises(DataError, match="image 3"):
+        for t in ahead(make, range(9), 2): seen.append(t)
+    assert seen == [0, 1, 2]
+    with pytest.raises(ValueError, match="depth must be >= 0"): list(ahead(make, range(2), -1))
+
+
+def test_leaving_early_ends_the_workers():
+    made = []
+    images = ahead(lambda t: made.append(t) or t, range(1000), 2)
+    next(images); images.close()
+    assert len(made) <= 4
+
+
+# The step
+
+@pytest.mark.parametrize("name", CHAIN)
+def test_every_variant_gives_the_same_losses(name):
+    def losses(v): return [float(t.step(t.images(i), i)) for t in [Trainer(v, small())] for i in range(2)]
+    assert losses(VARIANTS[name]) == pytest.approx(losses(VARIANTS["finessl"]), rel=2e-3)
+
+
+def test_a_step_fetches_nothing():
+    check_fetches_nothing(lambda device: dry_steps(VARIANTS["finessl"], small()))
+    with pytest.raises(AssertionError, match="asks the device"):
+        check_fetches_nothing(lambda device: dry_steps(VARIANTS["finessl"]._replace(pace="host"), small()))
+
+
+def test_operations_fall_along_the_chain():
+    counts = [step_flops(VARIANTS[name], small()) for name in ("naive", "sdpa", "exact-prompts", "no-gradient")]
+    assert counts[0] == counts[1] > counts[2] > counts[3]
+
+
+def test_nothing_is_compiled_after_the_first_step():
+    trainer = Trainer(VARIANTS["finessl"], small())
+    f = torch.compile(trainer.model.features, backend="eager", dynamic=False, fullgraph=True)
+    trainer.logits = gpu.partial(gpu.forward, features=f)
+    assert compilations(lambda t: trainer.step(trainer.images(t), t), 4) == [2, 0, 0, 0]
+
+
+# The benchmark
+
+def test_bench_on_the_command_line(tmp_path):
+    out, file = io.StringIO(), tmp_path / "bench.json"
+    with contextlib.redirect_stdout(out):
+        assert main(["bench", "--device", "cpu", "--backbone", tiny, "--image-size", "48", "--batch", "2", "--prompts", "4", "--steps", "1", "--json", "--out", file]) == 0
+    result = json.loads(out.getvalue().splitlines()[-1])
+    assert {"device", "encoder", "batch", "variants"} <= result.keys() and result["batch"] == 2 and list(result["variants"]) == ["naive", "finessl"]
+    for v in result["variants"].values(): assert {"step_ms", "step_with_views_ms", "mfu", "peak_memory_mb"} <= v.keys() and v["step_with_views_ms"] >= v["step_ms"] > 0
+    assert json.loads(file.read_text()) == result
+
+
+def test_bench_refuses_bad_values(capsys):
+    assert main(["bench", "--variants", "fast"]) == 2 and "no variant is called 'fast'" in capsys.readouterr().err
+    assert main(["bench", "--steps", "0"]) == 2
+
+
+def test_train_with_a_preset(tmp_path, capsys):
+    (data := tmp_path / "data").mkdir()
+    folder_of_lists(data, [f"{c}/a {i}.jpg\t{c}" for c in ("cat", "dog") for i in range(4)])
+    assert main(["train", "--preset", "semi-aves-ood", "--data", str(data), "--out", str(tmp_path / "run"), "--backbone", "pocket", "--image-size", "32",
+                 "--steps", "2", "--batch", "2", "--evals", "1", "--device", "cpu", "--quiet"]) == 0
+    record = json.loads((tmp_path / "run" / "record.json").read_text())
+    assert record["algorithm"]["gamma"] == 1 and record["n_prompts"] == 50 and record["mean"] == pytest.approx([.485, .456, .406])
+    assert record["schedule"] == {"steps": 2, "lr": .03, "decay": "epoch", "clear_every": 500}
+    assert main(["train", "--preset", "cifar", "--out", str(tmp_path / "other")]) == 2 and "no such preset" in capsys.readouterr().err
+    assert main(["train", "--preset", "semi-aves", "--out", str(tmp_path / "other")]) == 2 and "needs --data" in capsys.readouterr().err
+
+
+# On a GPU (skipped where there is none)
+
+@needs_gpu
+def test_a_step_on_a_gpu_waits_for_nothing():
+    trainer = Trainer(VARIANTS["finessl-eager"], small("cuda"))
+    for t in range(3): trainer.step(trainer.images(t), t)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for t in range(3, 6): trainer.step(trainer.images(t), t)
+    finally: torch.cuda.set_sync_debug_mode("default")
+
+
+@needs_gpu
+def test_images_made_ahead_on_a_gpu_are_the_same():
+    ds, encoder = digits(2, 0), load_backbone("pocket")
+    runs = [fit(ds, encoder, FixMatch(), schedule=Schedule(20), batch=8, evals=1, depth=d, compile=False, progress=False) for d in (0, 3)]
+    assert [r.record["evaluations"][0]["loss"] for r in runs] == pytest.approx([runs[0].record["evaluations"][0]["loss"]] * 2, rel=1e-4)
+
+
+@needs_gpu
+def test_compiled_and_graphed_steps_give_the_same_losses():
+    def losses(name): return [float(t.step(t.images(i), i)) for t in [Trainer(VARIANTS[name], small("cuda"))] for i in range(4)]
+    plain = losses("finessl-eager")
+    assert losses("finessl") == pytest.approx(plain, rel=1e-2) and losses("finessl-graphs") == pytest.approx(plain, rel=1e-2)
