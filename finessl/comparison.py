@@ -141,7 +141,7 @@ def chosen(records: Path) -> dict: # method -> number of its trial
 
 # %% ../nbs/13_comparison.ipynb #1ba90c3f
 PHOTO_ROWS = {"labelled-only": LabelledOnly(), "FixMatch": FixMatch(n_strong=2), "FineSSL": FineSSL(), "FineSSL γ=1": FineSSL(gamma=1.)}
-PHOTOS = dict(image_size=160, n_prompts=10, schedule=Schedule(200), batch=16, evals=2) # the paper: 224 px, 50 prompts, 15,000 steps of 32
+PHOTOS = dict(image_size=160, n_prompts=10, schedule=Schedule(100), batch=16, evals=2) # the paper: 224 px, 50 prompts, 15,000 steps of 32
 
 def photo_split(
     data, # folder of CIFAR-10 as images: train/<class>/*, test/<class>/*
