@@ -1,5 +1,5 @@
 """What happens to a run: interrupted, killed, torn, foreign, twice at once, not finite; saved and loaded again."""
-import json, os, random, re, signal, subprocess, sys, time
+import io, json, os, random, re, signal, subprocess, sys, time
 from pathlib import Path
 
 import pytest
@@ -8,7 +8,7 @@ import torch
 from finessl.algorithms import FineSSL
 from finessl.backbone import load_backbone
 from finessl.data import digits
-from finessl.training import FixMatch, LabelledOnly, Schedule, TrainingError, fit, folder_lock, load_run
+from finessl.training import DIGEST, FixMatch, LabelledOnly, Schedule, TrainingError, fit, folder_lock, load_run
 
 root = Path(__file__).resolve().parent.parent
 ENV = os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
@@ -134,16 +134,18 @@ def test_a_resume_is_exact(encoder, tmp_path, case, after):
     same_record(a[1], b[1])
 
 
-@pytest.mark.parametrize("left", [0, 100, .5, .99], ids=["empty", "100 bytes", "half", "all but the end"])
+@pytest.mark.parametrize("left", [0, 100, .5, .99, "flipped"], ids=["empty", "100 bytes", "half", "all but the end", "one byte flipped"])
 def test_a_torn_checkpoint_falls_back_to_the_one_before(encoder, tmp_path, left):
     whole = run(encoder, out=tmp_path / "whole")
     interrupted(encoder, tmp_path / "run", 10, checkpoint_every=4)
     path = tmp_path / "run/checkpoint.pt"
     content = path.read_bytes()
-    path.write_bytes(content[:left if isinstance(left, int) else int(left * len(content))])
+    middle = len(content) // 2
+    flipped = content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1:]
+    path.write_bytes(flipped if left == "flipped" else content[:left if isinstance(left, int) else int(left * len(content))])
     resumed = run(encoder, out=tmp_path / "run", resume=True)
     (r,) = resumed.record["resumes"]
-    assert r["step"] == 8 and "checkpoint.pt cannot be read" in r["passed_over"][0]
+    assert r["step"] == 8 and "checkpoint.pt is torn" in r["passed_over"][0]
     a, b = outcome(tmp_path / "whole"), outcome(tmp_path / "run")
     assert a[0] == b[0]
     same_record(a[1], b[1])
@@ -209,7 +211,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_last_good_checkpoi
     with pytest.raises(TrainingError, match="not finite at step 6"): run(encoder, out=tmp_path / "run", checkpoint_every=every, evals=1)
     assert not (tmp_path / "run/record.json").exists() and not (tmp_path / "run/model.safetensors").exists()
     if every is None: return
-    c = torch.load(tmp_path / "run/checkpoint.pt", weights_only=True)
+    c = torch.load(io.BytesIO((tmp_path / "run/checkpoint.pt").read_bytes()[DIGEST:]), weights_only=True)
     assert c["step"] == 6 // every * every and all(v.isfinite().all() for v in c["model"].values())
     monkeypatch.undo()                                                    # the fault is mended, and the run goes on
     run(encoder, out=tmp_path / "whole", evals=1)
