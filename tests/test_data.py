@@ -316,7 +316,7 @@ def test_splits_do_not_depend_on_the_process():
 
 def test_large_sampler_keeps_few_permutations():
     for step in range(0, 400_000, 40_000): batch_indices(0, step, 1_280_000, 32)
-    from finessl.data import _kept_permutation
-    assert _kept_permutation.cache_info().currsize <= 4
+    from finessl.data import _large_permutation
+    assert _large_permutation.cache_info().currsize <= 4
     row = torch.cat([batch_indices(3, s, 5000, 64) for s in range(200)])
     for epoch in itertools.islice(row.split(5000), 2): assert torch.equal(epoch.sort().values, torch.arange(5000))
