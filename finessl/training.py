@@ -7,10 +7,10 @@ __all__ = ['EPOCHS', 'short', 'paper', 'LABELLED', 'UNLABELLED', 'VIEW_LB', 'VIE
            'POOL_IMAGES', 'Step', 'LabelledOnly', 'FixMatch', 'Schedule', 'lr_at', 'labelled_indices', 'on_device',
            'ahead', 'side_stream', 'on_stream', 'arrived', 'step_images', 'forward', 'TrainingError', 'Guard',
            'logits_of', 'autocast', 'summary', 'write_atomic', 'write_json', 'read_records', 'environment',
-           'folder_lock', 'Interrupt', 'Run', 'trained_state', 'default_prompts', 'build_model', 'load_run',
-           'default_device', 'Meter', 'save_checkpoint', 'differences', 'surroundings', 'read_checkpoint', 'restore',
-           'describe', 'split_of', 'optimizer_of', 'evaluate', 'train_step', 'compiled', 'depth_for', 'fit', 'train',
-           'postfix', 'finish']
+           'folder_lock', 'Interrupt', 'Run', 'trained_state', 'default_prompts', 'build_model', 'default_device',
+           'load_run', 'Meter', 'save_checkpoint', 'surroundings', 'differences', 'read_checkpoint', 'restore',
+           'take_up', 'empty_log', 'describe', 'split_of', 'settings_of', 'refuse_bad', 'optimizer_of', 'evaluate',
+           'train_step', 'compiled', 'depth_for', 'fit', 'train', 'Stopwatch', 'postfix', 'finish']
 
 # %% ../nbs/05_training.ipynb #f869d55e
 import contextlib, dataclasses, functools, hashlib, io, json, math, os, platform, signal, subprocess, sys, threading, time
@@ -399,6 +399,11 @@ def build_model(encoder, n_classes: int, peft: str = "vpt", n_prompts: int = 50,
         head, aux = CosineHead(encoder.width, n_classes), CosineHead(encoder.width, n_classes)
     return Model(features, head, aux)
 
+def default_device() -> str:
+    "cuda, else mps, else cpu."
+    return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+
+# %% ../nbs/05_training.ipynb #a0283dc7
 def load_run(
     folder, # of a finished run
     checkpoint=None, # weights file of the encoder, where the record's is elsewhere now
@@ -417,10 +422,6 @@ def load_run(
     if trained.keys() != trained_state(model).keys(): raise ValueError(f"{folder / 'model.safetensors'} does not fit its record: {sorted(trained.keys() ^ trained_state(model).keys())}")
     model.load_state_dict(trained, strict=False)
     return Run(model.to(device).eval(), record, View(record["image_size"], tuple(record["mean"]), tuple(record["std"])), device)
-
-def default_device() -> str:
-    "cuda, else mps, else cpu."
-    return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
 
 # %% ../nbs/05_training.ipynb #22a9d201
 class Meter:
@@ -465,6 +466,11 @@ def save_checkpoint(folder: Path, step: int, model, optimizer, state: dict, mete
         if path.exists(): os.replace(path, folder / f"previous-{CHECKPOINT}")
     write_atomic(path, write)
 
+def surroundings(device) -> dict:
+    "What must be equal for a resume to be exact to the bit: device, threads, versions."
+    return {k: v for k, v in environment(device).items() if k in ("device", "threads", "versions")}
+
+# %% ../nbs/05_training.ipynb #0e621da8
 def differences(old: dict, new: dict, under: str = "") -> list[str]: # e.g. "schedule.lr: 0.03 there, 0.1 here"
     "What differs between two settings, by name."
     out = []
@@ -473,10 +479,6 @@ def differences(old: dict, new: dict, under: str = "") -> list[str]: # e.g. "sch
         if isinstance(a, dict) and isinstance(b, dict): out += differences(a, b, f"{under}{k}.")
         elif a != b: out.append(f"{under}{k}: {a!r} there, {b!r} here")
     return out
-
-def surroundings(device) -> dict:
-    "What must be equal for a resume to be exact to the bit: device, threads, versions."
-    return {k: v for k, v in environment(device).items() if k in ("device", "threads", "versions")}
 
 def read_checkpoint(folder: Path, settings: dict, device): # -> its content, or None where there is no checkpoint
     "The newest checkpoint that can be read; a torn one is passed over for the one before it, a foreign one refused."
@@ -494,6 +496,7 @@ def read_checkpoint(folder: Path, settings: dict, device): # -> its content, or 
     if errors: raise TrainingError(f"no checkpoint in {folder} can be read: {'; '.join(errors)}")
     return None
 
+# %% ../nbs/05_training.ipynb #13826b7d
 def restore(c: dict, model, optimizer, state: dict, meter: Meter): # c: from read_checkpoint
     "Put a checkpoint's content back into place."
     with torch.no_grad():
@@ -503,6 +506,23 @@ def restore(c: dict, model, optimizer, state: dict, meter: Meter): # c: from rea
     for k, v in c["state"].items():
         if hasattr(state.get(k), "load_state_dict"): state[k].load_state_dict(v)
         else: state[k] = v
+
+def take_up(
+    folder: Path, settings: dict, device, here: dict, # here: from surroundings
+    model, optimizer, state: dict, meter: Meter # what is restored
+): # -> the log and the step to go on from; an empty log and 0 where there is no checkpoint
+    "Go on from the checkpoint in `folder`, and say so where something is different."
+    c = read_checkpoint(folder, settings, device)
+    if c is None: return empty_log(), 0
+    restore(c, model, optimizer, state, meter)
+    log, changed = c["log"], differences(json.loads(c["surroundings"]), here)
+    log["resumes"].append({"step": c["step"], "passed_over": c["passed_over"], "changed": changed})
+    if said := c["passed_over"] + changed: tqdm.write(f"resumed from step {c['step']}: {'; '.join(said)}", file=sys.stderr)
+    return log, c["step"]
+
+def empty_log() -> dict:
+    "What a run has to tell before its first step."
+    return {"evaluations": [], "seconds": 0., "eval_seconds": 0., "resumes": []}
 
 # %% ../nbs/05_training.ipynb #8d7dc0fd
 def describe(algorithm) -> dict:
@@ -515,6 +535,24 @@ def split_of(dataset: Dataset) -> dict:
     h = hashlib.sha256(repr((len(dataset.x_ulb), len(dataset.x_test), dataset.y_lb.tolist())).encode())
     if isinstance(dataset.x_lb, Tensor): h.update(dataset.x_lb.cpu().numpy().tobytes())
     return {"source": "tensors", "seed": None, "n_per_class": None, "hash": h.hexdigest()[:16], "skipped": 0}
+
+def settings_of(dataset: Dataset, encoder, algorithm, views: Views, schedule: Schedule, **more) -> dict: # more: numbers and names, as they are
+    "Every setting of a run, as JSON."
+    return {"algorithm": describe(algorithm), "backbone": encoder.name, "backbone_hash": encoder.hash,
+            "dataset": split_of(dataset), "classes": list(dataset.classes), "n_lb": len(dataset.x_lb), "n_ulb": len(dataset.x_ulb), "n_test": len(dataset.x_test),
+            "views": {"weak": describe(views.weak), "strong": describe(views.strong)}, "image_size": views.size, "read_size": max(dataset.x_lb.shape[-2:]),
+            "mean": list(views.mean), "std": list(views.std), "schedule": schedule._asdict()} | more
+
+# %% ../nbs/05_training.ipynb #1783cce0
+def refuse_bad(dataset: Dataset, algorithm, schedule: Schedule, seed: int, batch: int, mu: int, evals: int, checkpoint_every: int|None, labelled: str, precision: str):
+    "Raise a ValueError that says which value was given and what is allowed."
+    check_dataset(dataset)
+    positive = {"batch": batch, "mu": mu, "schedule.steps": schedule.steps, "evals": evals} | ({} if checkpoint_every is None else {"checkpoint_every": checkpoint_every})
+    for name, v in positive.items():
+        if v < 1: raise ValueError(f"{name} must be >= 1, got {v}")
+    if algorithm.needs and not len(dataset.x_ulb): raise ValueError(f"{type(algorithm).__name__} needs unlabelled images, and the pool is empty")
+    if not schedule.lr > 0: raise ValueError(f"lr must be > 0, got {schedule.lr}")
+    lr_at(schedule, 0), autocast("cpu", precision), labelled_indices(seed, 0, len(dataset.x_lb), batch, schedule, labelled) # each refuses what it does not know
 
 # %% ../nbs/05_training.ipynb #8897727c
 def optimizer_of(model, schedule: Schedule, momentum: float, weight_decay: float) -> torch.optim.SGD:
@@ -597,27 +635,16 @@ def fit(
     command: str|None = None # for the record
 ) -> Run:
     "Train prompts and heads on a frozen encoder with any algorithm; the paper's optimizer and schedule are the defaults."
-    check_dataset(dataset)
-    positive = {"batch": batch, "mu": mu, "schedule.steps": schedule.steps, "evals": evals} | ({} if checkpoint_every is None else {"checkpoint_every": checkpoint_every})
-    for name, v in positive.items():
-        if v < 1: raise ValueError(f"{name} must be >= 1, got {v}")
-    if algorithm.needs and not len(dataset.x_ulb): raise ValueError(f"{type(algorithm).__name__} needs unlabelled images, and the pool is empty")
-    if not schedule.lr > 0: raise ValueError(f"lr must be > 0, got {schedule.lr}")
-    lr_at(schedule, 0), autocast("cpu", precision), labelled_indices(seed, 0, len(dataset.x_lb), batch, schedule, labelled) # each refuses what it does not know
+    refuse_bad(dataset, algorithm, schedule, seed, batch, mu, evals, checkpoint_every, labelled, precision)
     encoder, device = load_backbone(backbone) if isinstance(backbone, str) else backbone, torch.device(device or default_device())
     views, init_seed = views or default_views(dataset, encoder), seed if init_seed is None else init_seed
-    n_prompts = default_prompts(encoder) if n_prompts is None else n_prompts
-    settings = {"algorithm": describe(algorithm), "backbone": encoder.name, "backbone_hash": encoder.hash, "peft": peft, "n_prompts": n_prompts if peft == "vpt" else 0,
-                "dataset": split_of(dataset), "classes": list(dataset.classes), "n_lb": len(dataset.x_lb), "n_ulb": len(dataset.x_ulb), "n_test": len(dataset.x_test),
-                "views": {"weak": describe(views.weak), "strong": describe(views.strong)}, "image_size": views.size, "read_size": max(dataset.x_lb.shape[-2:]), "mean": list(views.mean), "std": list(views.std), "schedule": schedule._asdict(),
-                "batch": batch, "mu": mu, "momentum": momentum, "weight_decay": weight_decay, "seed": seed, "init_seed": init_seed,
-                "labelled": labelled, "precision": precision, "evals": evals}
+    n_prompts = 0 if peft != "vpt" else default_prompts(encoder) if n_prompts is None else n_prompts
+    settings = settings_of(dataset, encoder, algorithm, views, schedule, peft=peft, n_prompts=n_prompts, batch=batch, mu=mu, momentum=momentum, weight_decay=weight_decay,
+                           seed=seed, init_seed=init_seed, labelled=labelled, precision=precision, evals=evals)
     model, compile = build_model(encoder, len(dataset.classes), peft, n_prompts, init_seed).to(device), device.type == "cuda" if compile is None else compile
-    with contextlib.ExitStack() as stack:
-        folder = None if out is None else Path(out)
-        if folder is not None:
-            stack.enter_context(folder_lock(folder))
-            if (folder / "record.json").exists() and not overwrite: raise TrainingError(f"{folder} holds a finished run; name another folder, or remove it")
+    folder = None if out is None else Path(out)
+    with contextlib.nullcontext() if folder is None else folder_lock(folder):
+        if folder is not None and (folder / "record.json").exists() and not overwrite: raise TrainingError(f"{folder} holds a finished run; name another folder, or remove it")
         record = settings | train(model, dataset, views, algorithm, settings, schedule, device, folder, checkpoint_every, resume, progress, depth, compile)
         record |= environment(device) | {"compile": compile, "checkpoint": getattr(encoder, "checkpoint", None), "command": command}
         run = Run(model.eval(), record, views.plain, device)
@@ -635,20 +662,15 @@ def train(model: Model, dataset: Dataset, views: Views, algorithm, settings: dic
     s, steps = settings, schedule.steps
     optimizer = optimizer_of(model, schedule, s["momentum"], s["weight_decay"])
     state, meter, guard = algorithm.init(len(dataset.x_ulb), len(dataset.classes), device), Meter(dataset.y_ulb, device), Guard(device)
-    log, start, here = {"evaluations": [], "seconds": 0., "eval_seconds": 0., "resumes": []}, 0, {} if folder is None else surroundings(device)
-    if resume and folder is not None and (c := read_checkpoint(folder, settings, device)):
-        restore(c, model, optimizer, state, meter)
-        log, start = c["log"], c["step"]
-        log["resumes"].append({"step": start, "passed_over": c["passed_over"], "changed": differences(json.loads(c["surroundings"]), here)})
-        if said := c["passed_over"] + log["resumes"][-1]["changed"]: tqdm.write(f"resumed from step {start}: {'; '.join(said)}", file=sys.stderr)
+    here = {} if folder is None else surroundings(device)
+    log, start = take_up(folder, settings, device, here, model, optimizer, state, meter) if resume and folder is not None else (empty_log(), 0)
     lb, ulb = on_device(dataset.x_lb, device), on_device(dataset.x_ulb, device)
     make = lambda t: step_images(dataset, views, algorithm, lb, ulb, s["seed"], t, s["batch"], s["mu"], schedule, s["labelled"])
     logits = functools.partial(forward, features=compiled(model.features, compile)) if compile else forward
     images = ahead(make, range(start, steps), depth_for(dataset, device) if depth is None else depth, device)
     eval_at, show_every = {math.ceil(steps * i / s["evals"]) for i in range(1, s["evals"] + 1)}, max(1, steps // 50)
     bar = tqdm(total=steps, initial=start, disable=None if progress is None else not progress, desc=type(algorithm).__name__, leave=True)
-    save = lambda t: save_checkpoint(folder, t, model, optimizer, state, meter, guard, log, settings, here)
-    clock = time.perf_counter()
+    watch = Stopwatch(log)
     with bar, Interrupt() as interrupt, contextlib.closing(images):
         for t in range(start, steps):
             if schedule.clear_every and t and t % schedule.clear_every == 0 and hasattr(algorithm, "clear"): algorithm.clear(state)
@@ -656,22 +678,28 @@ def train(model: Model, dataset: Dataset, views: Views, algorithm, settings: dic
             done = t + 1
             if done in eval_at:
                 guard.check()
-                log["seconds"] += time.perf_counter() - clock
-                clock = time.perf_counter()
+                watch.lap("seconds")
                 scores, z = evaluate(model.eval(), dataset, views.plain, device, s["precision"])
                 log["evaluations"].append({"step": done, "lr": lr_at(schedule, t)} | meter.read() | scores)
-                log["eval_seconds"] += time.perf_counter() - clock
-                clock = time.perf_counter()
+                watch.lap("eval_seconds")
             if done % show_every == 0 and not bar.disable: bar.set_postfix(postfix(log, meter, guard), refresh=False)
             bar.update()
             if folder is not None and done < steps and (interrupt.asked or checkpoint_every and done % checkpoint_every == 0):
-                log["seconds"] += time.perf_counter() - clock
-                clock = time.perf_counter()
-                save(done)
+                watch.lap("seconds")
+                save_checkpoint(folder, done, model, optimizer, state, meter, guard, log, settings, here)
             if interrupt.asked and done < steps: raise KeyboardInterrupt(f"stopped after step {done} of {steps}{', checkpoint written' if folder is not None else ''}")
     return finish(log, dataset, z)
 
 # %% ../nbs/05_training.ipynb #885876c8
+class Stopwatch:
+    "Adds the seconds since the last lap to an entry of the log."
+    def __init__(self, log: dict): self.log, self.at = log, time.perf_counter()
+
+    def lap(self, key: str): # "seconds" or "eval_seconds"
+        "End a lap."
+        now = time.perf_counter()
+        self.log[key], self.at = self.log[key] + now - self.at, now
+
 def postfix(log: dict, meter: Meter, guard: Guard) -> dict:
     "What the progress bar shows: loss and share kept since the last evaluation (or up to it, right after), and its accuracy."
     guard.check()
