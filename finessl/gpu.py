@@ -7,12 +7,13 @@ __all__ = ['presets', 'ARCHIVES', 'VARIANTS', 'CHAIN', 'setting', 'answers', 'to
            'labelled_part', 'read_list', 'image_lists', 'from_preset', 'dataset_of', 'written_attention', 'WrittenVPT',
            'one_batch', 'HostPace', 'HostFineSSL', 'pillow_operation', 'PillowView', 'Variant', 'Bench', 'noise',
            'Trainer', 'NoUpdate', 'on_meta', 'dry_steps', 'Operations', 'step_flops', 'wait', 'seconds', 'product',
-           'resident', 'peak_memory', 'turn', 'bench', 'report', 'bench_table', 'compilations', 'read_bench', 'gains']
+           'resident', 'peak_memory', 'turn', 'bench', 'report', 'bench_table', 'compilations', 'read_bench', 'gains',
+           'draw_gains']
 
 # %% ../nbs/12_gpu.ipynb #4f07a20d
-import contextlib, ctypes, gc, hashlib, json, os, statistics, threading, time, urllib.error, urllib.request
+import contextlib, ctypes, gc, hashlib, json, statistics, threading, time, urllib.error, urllib.request
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 import torch
@@ -592,9 +593,21 @@ def gains(result: dict) -> dict: # variant -> row of numbers
     rows, before = {}, None
     for name in (n for n in CHAIN if n in result["variants"]):
         v = result["variants"][name]
-        ratio = lambda key: None if before is None else round(before[key] / v[key], 2)
-        cpu = v["cpu_ms"]["step"]
-        rows[name] = {"TFLOP": v["tflop_per_step"], "expected": ratio("tflop_per_step"), "step, CPU s": round(cpu / 1e3, 2), "measured": None if before is None else round(before["cpu_ms"]["step"] / cpu, 2),
-                      "views, share": v["share"]["views"], "memory MB": v["peak_memory_mb"], "MFU %": round(100 * v["mfu"], 1), "loss": v["loss"]}
+        cpu, flops = v["cpu_ms"]["step"], v["tflop_per_step"]
+        rows[name] = {"TFLOP": flops, "expected": None if before is None else round(before["tflop_per_step"] / flops, 2), "step, s": round(cpu / 1e3, 2),
+                      "measured": None if before is None else round(before["cpu_ms"]["step"] / cpu, 2), "memory, MB": v["peak_memory_mb"], "MFU, %": round(100 * v["mfu"], 1), "loss": v["loss"]}
         before = v
     return rows
+
+def draw_gains(results: dict): # label -> result
+    "Seconds of a step, variant by variant."
+    from matplotlib import pyplot as plt
+    fig, axes = plt.subplots(1, len(results), figsize=(8, 2.6), layout="constrained", sharex=True)
+    for ax, (label, result) in zip(axes, results.items()):
+        rows = gains(result)
+        ax.barh(list(rows), [r["step, s"] for r in rows.values()], color="#4c72b0")
+        for i, r in enumerate(rows.values()): ax.text(r["step, s"], i, f" {r['step, s']:.1f}", va="center", fontsize=8)
+        ax.invert_yaxis()
+        ax.set(xlabel="CPU seconds a step", title=label)
+        ax.margins(x=.15)
+    return fig
