@@ -1,5 +1,6 @@
 "Every notebook runs top-down; cells marked slow or cuda are left out."
 from pathlib import Path
+import matplotlib
 import pytest
 from nbdev.test import test_nb as run_notebook
 
@@ -10,7 +11,8 @@ notebooks = sorted((root / "nbs").glob("*.ipynb"))
 @pytest.mark.parametrize("notebook", notebooks, ids=[p.stem for p in notebooks])
 def test_notebook(notebook, monkeypatch):
     monkeypatch.setenv("MPLBACKEND", "agg")
-    passed, seconds = run_notebook(notebook, skip_flags=["slow", "cuda"], basepath=root)
+    with matplotlib.rc_context(matplotlib.rcParamsDefault): # one notebook's settings are not the next one's
+        passed, seconds = run_notebook(notebook, skip_flags=["slow", "cuda"], basepath=root)
     assert passed, f"{notebook.name} failed after {seconds:.0f} s; its traceback is above"
 
 
