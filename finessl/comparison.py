@@ -69,10 +69,10 @@ def jobs_of(study: str, records: Path) -> list[dict]:
     "The runs of a study, known before the first one starts: row, N, seed and the arguments of `fit`."
     job = lambda row, n, seed, **kw: {"study": study, "row": row, "n_per_class": n, "seed": seed, "known": None, **kw}
     if study == "constants": return [job(row, n, s, algorithm=a) for s in range(10) for n in (1, 2, 4) for row, a in ROWS.items()]
-    if study == "more": return [job(row, n, s, algorithm=ROWS[row]) for s in range(10, 20) for n in (1, 2, 4) for row in MAIN]
+    if study == "more": return [job(row, n, s, algorithm=ROWS[row]) for s in range(10, 20) for n in (1, 2, 4) for row in ROWS]
     if study == "open": return [job(row, n, s, algorithm=ROWS[row], known=6) for s in range(10) for n in (1, 2, 4) for row in OPEN_SET]
     if study == "tune": return [job(f"{m} #{i}", n, s, algorithm=a, lr=lr, dev=True) for s in range(100, 105) for n in (1, 2, 4) for m, ts in TRIALS.items() for i, (a, lr) in enumerate(ts)]
-    if study == "tuned": return [job(m, n, s, algorithm=TRIALS[m][i][0], lr=TRIALS[m][i][1]) for s in range(10) for m, i in chosen(records).items() for n in (1, 2, 4)]
+    if study == "tuned": return [job(m, n, s, algorithm=TRIALS[m][i][0], lr=TRIALS[m][i][1]) for s in range(20) for m, i in chosen(records).items() for n in (1, 2, 4)]
     if study == "differences": return [job(row, 1, s, **{"algorithm": FineSSL()} | kw) for s in range(10) for row, kw in DIFFERENCES.items()]
     if study == "map": return [job(f"γ={g} lr={lr}", 1, s, algorithm=FineSSL(gamma=g), lr=lr, dev=True) for s in range(100, 102) for g in GAMMAS for lr in MAP_LRS]
     raise ValueError(f"study must be one of {STUDIES}, got {study!r}")
