@@ -4,16 +4,17 @@
 
 # %% auto #0
 __all__ = ['EPOCHS', 'short', 'paper', 'LABELLED', 'UNLABELLED', 'VIEW_LB', 'VIEW_WEAK', 'VIEW_STRONG', 'CHECKPOINT', 'DIGEST',
-           'POOL_IMAGES', 'Step', 'LabelledOnly', 'FixMatch', 'Schedule', 'lr_at', 'labelled_indices', 'on_device',
-           'ahead', 'side_stream', 'on_stream', 'arrived', 'step_images', 'forward', 'TrainingError', 'Guard',
-           'logits_of', 'autocast', 'summary', 'write_atomic', 'write_json', 'read_records', 'environment',
-           'folder_lock', 'Interrupt', 'Run', 'trained_state', 'default_prompts', 'build_model', 'default_device',
-           'load_run', 'Meter', 'save_checkpoint', 'surroundings', 'differences', 'read_checkpoint', 'restore',
-           'take_up', 'empty_log', 'describe', 'split_of', 'settings_of', 'refuse_bad', 'optimizer_of', 'evaluate',
-           'train_step', 'compiled', 'depth_for', 'fit', 'train', 'Stopwatch', 'postfix', 'finish']
+           'FULL', 'POOL_IMAGES', 'Step', 'LabelledOnly', 'FixMatch', 'Schedule', 'lr_at', 'labelled_indices',
+           'on_device', 'ahead', 'side_stream', 'on_stream', 'arrived', 'step_images', 'forward', 'TrainingError',
+           'Guard', 'logits_of', 'autocast', 'summary', 'write_atomic', 'write_json', 'read_records', 'environment',
+           'folder_lock', 'lock', 'Interrupt', 'Run', 'trained_state', 'default_prompts', 'build_model',
+           'default_device', 'load_run', 'Meter', 'save_checkpoint', 'surroundings', 'differences', 'intact',
+           'read_checkpoint', 'restore', 'take_up', 'empty_log', 'attempt', 'said_of', 'out_of_memory', 'smaller',
+           'kept', 'describe', 'split_of', 'settings_of', 'refuse_bad', 'optimizer_of', 'evaluate', 'train_step',
+           'compiled', 'depth_for', 'fit', 'train', 'Stopwatch', 'postfix', 'finish']
 
 # %% ../nbs/05_training.ipynb #f869d55e
-import contextlib, dataclasses, functools, hashlib, io, json, math, os, platform, signal, subprocess, sys, threading, time
+import contextlib, dataclasses, errno, functools, hashlib, io, json, math, os, platform, signal, subprocess, sys, threading, time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -23,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 import finessl
-from .data import Dataset, ImageFiles, batch_indices, check_dataset, generator
+from .data import DataError, Dataset, ImageFiles, batch_indices, check_dataset, generator
 from .views import View, Views, default_views
 from .backbone import load_backbone
 from .peft import CosineHead, Model, VPT
@@ -278,16 +279,22 @@ def summary(
             "mean_confidence": round(float(conf.mean()), 6)}
 
 # %% ../nbs/05_training.ipynb #30505dc9
-def write_atomic(path, write):
+def write_atomic(
+    path,
+    write, # what makes a file, given its name
+    keep=None # name for the file that is at `path` already; None: it is replaced
+):
     "Let `write(tmp)` make a file beside `path`, then rename it onto `path`; nothing half-written is ever there."
     path = Path(path)
     tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         write(tmp)
-        with open(tmp, "rb+") as f: os.fsync(f.fileno())
+        with open(tmp, "rb+") as f: os.fsync(f.fileno())       # on the disk before its name is
+        if keep is not None and path.exists(): os.replace(path, keep)
         os.replace(tmp, path)
+    except OSError as e: raise OSError(e.errno, e.strerror or str(e), str(path)) from None
     finally:
-        tmp.unlink(missing_ok=True)
+        with contextlib.suppress(OSError): tmp.unlink(missing_ok=True)
 
 def write_json(path, value): # value: what json can write
     "Write JSON atomically."
@@ -316,22 +323,34 @@ def environment(device) -> dict:
 # %% ../nbs/05_training.ipynb #8de2ec4e
 @contextlib.contextmanager
 def folder_lock(folder: Path):
-    "Hold a run's folder; a second run into it is refused. The lock dies with its process."
-    folder.mkdir(parents=True, exist_ok=True)
-    f = open(folder / ".lock", "a+")
+    "Hold a run's folder; a second run into it is refused. The lock dies with its process, and its file goes with it."
+    path = folder / ".lock"
     try:
-        try:
-            if os.name == "nt":
-                import msvcrt
-                msvcrt.locking(f.fileno(), msvcrt.LK_NBLCK, 1)
-            else:
-                import fcntl
-                fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise TrainingError(f"another run is writing to {folder}; give this one a folder of its own") from None
+        folder.mkdir(parents=True, exist_ok=True)
+        while not lock(f := open(path, "a+"), path): f.close() # its holder has just removed it: take the one that is there now
         for half in folder.glob(".*.tmp"): half.unlink()       # of a process killed while it wrote
-        yield
-    finally: f.close()
+    except FileExistsError: raise TrainingError(f"{folder} is a file; a run needs a folder") from None
+    except BlockingIOError: raise TrainingError(f"another run is writing to {folder}; give this one a folder of its own") from None
+    except OSError as e: raise TrainingError(f"cannot write to {folder}: {e.strerror}") from None
+    try: yield
+    finally:
+        with contextlib.suppress(OSError):                     # removed while it is held: nobody else has taken it
+            if os.name != "nt": path.unlink()
+        f.close()
+        with contextlib.suppress(OSError):                     # Windows removes closed files only, and none that another holds
+            if os.name == "nt": path.unlink()
+
+def lock(f, path: Path) -> bool: # is it the file that `path` names?
+    "Lock an open file, or raise BlockingIOError."
+    if os.name == "nt":
+        import msvcrt
+        try: msvcrt.locking(f.fileno(), msvcrt.LK_NBLCK, 1)
+        except OSError: raise BlockingIOError from None
+        return True
+    import fcntl
+    fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    try: return os.path.samestat(os.fstat(f.fileno()), os.stat(path))
+    except FileNotFoundError: return False
 
 # %% ../nbs/05_training.ipynb #5c839d04
 class Interrupt:
@@ -371,11 +390,12 @@ class Run:
 
     def save(self, folder):
         "Write model.safetensors and record.json into `folder`."
-        from safetensors.torch import save_file
+        from safetensors.torch import save
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         trained = {k: v.detach().cpu().contiguous() for k, v in trained_state(self.model).items()}
-        write_atomic(folder / "model.safetensors", lambda tmp: save_file(trained, tmp))
+        (folder / "record.json").unlink(missing_ok=True)       # never one run's record beside another's weights
+        write_atomic(folder / "model.safetensors", lambda tmp: tmp.write_bytes(save(trained)))
         write_json(folder / "record.json", self.record)
 
 def trained_state(model: nn.Module) -> dict: # name -> tensor
@@ -463,8 +483,7 @@ def save_checkpoint(folder: Path, step: int, model, optimizer, state: dict, mete
         payload = io.BytesIO()
         torch.save(content, payload)
         tmp.write_bytes(hashlib.sha256(payload.getbuffer()).digest() + payload.getbuffer())   # a flipped byte will show
-        if path.exists(): os.replace(path, folder / f"previous-{CHECKPOINT}")
-    write_atomic(path, write)
+    write_atomic(path, write, keep=folder / f"previous-{CHECKPOINT}")
 
 def surroundings(device) -> dict:
     "What must be equal for a resume to be exact to the bit: device, threads, versions."
@@ -480,16 +499,20 @@ def differences(old: dict, new: dict, under: str = "") -> list[str]: # e.g. "sch
         elif a != b: out.append(f"{under}{k}: {a!r} there, {b!r} here")
     return out
 
+def intact(path: Path, device) -> dict|None:
+    "A checkpoint's content; None where its checksum does not fit."
+    content = path.read_bytes()
+    if hashlib.sha256(content[DIGEST:]).digest() != content[:DIGEST]: return None
+    return torch.load(io.BytesIO(content[DIGEST:]), map_location=device, weights_only=True)
+
 def read_checkpoint(folder: Path, settings: dict, device): # -> its content, or None where there is no checkpoint
     "The newest checkpoint that can be read; a torn one is passed over for the one before it, a foreign one refused."
     errors = []
     for path in (folder / CHECKPOINT, folder / f"previous-{CHECKPOINT}"):
         if not path.exists(): continue
-        content = path.read_bytes()
-        if hashlib.sha256(content[DIGEST:]).digest() != content[:DIGEST]:
+        if (c := intact(path, device)) is None:
             errors.append(f"{path.name} is torn, or not a checkpoint of finessl: its checksum does not fit")
             continue
-        c = torch.load(io.BytesIO(content[DIGEST:]), map_location=device, weights_only=True)
         if differ := differences(json.loads(c["settings"]), json.loads(json.dumps(settings))):
             raise TrainingError(f"{path} belongs to another run ({'; '.join(differ)})")
         return c | {"log": json.loads(c["log"]), "passed_over": errors}
@@ -523,6 +546,46 @@ def take_up(
 def empty_log() -> dict:
     "What a run has to tell before its first step."
     return {"evaluations": [], "seconds": 0., "eval_seconds": 0., "resumes": []}
+
+# %% ../nbs/05_training.ipynb #9d214030
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) # no space on the disk, for the user, for one file
+
+def attempt(
+    f,
+    folder: Path|None, # of the run
+    batch: int # labelled images per step
+): # -> f()
+    "`f()`; where memory, disk or an image file fails, an error that says what is kept and how to go on."
+    try: return f()
+    except (DataError, MemoryError, OSError, RuntimeError) as e:
+        if (instead := said_of(e, folder, batch)) is None: raise
+    raise instead
+
+def said_of(e: Exception, folder: Path|None, batch: int) -> Exception|None: # None: `e` says enough
+    "What to raise in place of an error that came from the machine."
+    if isinstance(e, DataError): return None if folder is None else DataError(f"{e}; {kept(folder)} once the file is mended")
+    if isinstance(e, OSError) and folder is not None and e.filename and Path(e.filename).parent == folder:
+        why, cure = ("no space left", "there is room") if e.errno in FULL else (e.strerror.lower(), "it can be written")
+        return TrainingError(f"{why} while writing {e.filename}; {kept(folder)} once {cure}")
+    if out_of_memory(e): return TrainingError(f"out of memory with batch={batch} ({str(e).splitlines()[0] or 'MemoryError'}): {smaller(batch)}; {kept(folder)}")
+    return None
+
+# %% ../nbs/05_training.ipynb #ecf477fb
+def out_of_memory(e: Exception) -> bool:
+    "Whether an error means that memory ran out, on any device."
+    says = ("out of memory", "can't allocate memory", "not enough memory", "ALLOC_FAILED") # CUDA and MPS, Linux, Windows, cuBLAS
+    return isinstance(e, (MemoryError, torch.OutOfMemoryError)) or isinstance(e, RuntimeError) and not isinstance(e, TrainingError) and any(s in str(e) for s in says)
+
+def smaller(batch: int) -> str:
+    "What needs less memory."
+    if batch == 1: return "the batch cannot be halved; fewer prompts, smaller images or precision=\"bf16\" need less"
+    return f"accumulate=2 (--accumulate 2) takes it in two halves and gives the same update; batch={batch // 2} (--batch {batch // 2}) needs as little, and is another run"
+
+def kept(folder: Path|None) -> str:
+    "Which checkpoint a run can go on from."
+    for path in () if folder is None else (folder / CHECKPOINT, folder / f"previous-{CHECKPOINT}"):
+        if path.exists() and (c := intact(path, "cpu")): return f"the checkpoint of step {c['step']} is kept: go on with resume=True (--resume)"
+    return "no checkpoint was written yet: start again"
 
 # %% ../nbs/05_training.ipynb #8d7dc0fd
 def describe(algorithm) -> dict:
@@ -645,11 +708,11 @@ def fit(
     folder = None if out is None else Path(out)
     with contextlib.nullcontext() if folder is None else folder_lock(folder):
         if folder is not None and (folder / "record.json").exists() and not overwrite: raise TrainingError(f"{folder} holds a finished run; name another folder, or remove it")
-        record = settings | train(model, dataset, views, algorithm, settings, schedule, device, folder, checkpoint_every, resume, progress, depth, compile)
+        record = settings | attempt(lambda: train(model, dataset, views, algorithm, settings, schedule, device, folder, checkpoint_every, resume, progress, depth, compile), folder, batch)
         record |= environment(device) | {"compile": compile, "checkpoint": getattr(encoder, "checkpoint", None), "command": command}
         run = Run(model.eval(), record, views.plain, device)
         if folder is not None:
-            run.save(folder)
+            attempt(lambda: run.save(folder), folder, batch)
             for name in (CHECKPOINT, f"previous-{CHECKPOINT}"): (folder / name).unlink(missing_ok=True)
     return run
 

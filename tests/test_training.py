@@ -31,9 +31,9 @@ def newer_checkpoint(folder: Path, process, than=0., seconds=60):
 
 
 def same_record(a: dict, b: dict):
-    "Assert that two records are equal but for times and the list of resumes."
-    times = ("seconds", "eval_seconds", "resumes")
-    assert {k: v for k, v in a.items() if k not in times} == {k: v for k, v in b.items() if k not in times}
+    "Assert that two records are equal but for times, the list of resumes and where the checkout stood meanwhile."
+    other = ("seconds", "eval_seconds", "resumes", "commit", "dirty")
+    assert {k: v for k, v in a.items() if k not in other} == {k: v for k, v in b.items() if k not in other}
 
 
 def outcome(folder: Path): return (folder / "model.safetensors").read_bytes(), json.loads((folder / "record.json").read_text())
