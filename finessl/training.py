@@ -10,8 +10,9 @@ __all__ = ['EPOCHS', 'short', 'paper', 'LABELLED', 'UNLABELLED', 'VIEW_LB', 'VIE
            'folder_lock', 'lock', 'Interrupt', 'Run', 'trained_state', 'default_prompts', 'build_model',
            'default_device', 'load_run', 'Meter', 'save_checkpoint', 'surroundings', 'differences', 'intact',
            'read_checkpoint', 'restore', 'take_up', 'empty_log', 'attempt', 'said_of', 'out_of_memory', 'smaller',
-           'kept', 'describe', 'split_of', 'settings_of', 'refuse_bad', 'optimizer_of', 'evaluate', 'train_step',
-           'compiled', 'depth_for', 'fit', 'train', 'Stopwatch', 'postfix', 'finish']
+           'kept', 'describe', 'split_of', 'settings_of', 'refuse_bad', 'optimizer_of', 'evaluate', 'readable',
+           'leave_out', 'unreadable', 'train_step', 'compiled', 'depth_for', 'fit', 'train', 'Stopwatch', 'postfix',
+           'finish']
 
 # %% ../nbs/05_training.ipynb #f869d55e
 import contextlib, dataclasses, errno, functools, hashlib, io, json, math, os, platform, signal, subprocess, sys, threading, time
@@ -24,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 import finessl
-from .data import DataError, Dataset, ImageFiles, batch_indices, check_dataset, generator
+from .data import DataError, Dataset, ImageFiles, batch_indices, check_dataset, fetched, generator
 from .views import View, Views, default_views
 from .backbone import load_backbone
 from .peft import CosineHead, Model, VPT
@@ -186,11 +187,11 @@ def step_images(
 ) -> dict: # x_lb (B,…), x_w (U,…), x_s (V*U,…) normalised float; y_lb (B,), idx_ulb (U,) on the CPU
     "Draw the images of one step and their views; a pure function of (seed, step)."
     idx, key = labelled_indices(seed, step, len(dataset.x_lb), batch, schedule, labelled)
-    out = {"x_lb": views.weak(lb(idx), views.weak.draw(batch, generator(seed, key, VIEW_LB))), "y_lb": dataset.y_lb[idx]}
+    images, idx = fetched(lb, dataset.x_lb, idx, dataset.y_lb)
+    out = {"x_lb": views.weak(images, views.weak.draw(batch, generator(seed, key, VIEW_LB))), "y_lb": dataset.y_lb[idx]}
     if not algorithm.needs: return out
     n = mu * batch
-    out["idx_ulb"] = batch_indices(seed, step, len(dataset.x_ulb), n, UNLABELLED)
-    images = ulb(out["idx_ulb"])
+    images, out["idx_ulb"] = fetched(ulb, dataset.x_ulb, batch_indices(seed, step, len(dataset.x_ulb), n, UNLABELLED))
     if "weak" in algorithm.needs:
         out["x_w"] = views.weak(images, views.weak.draw(n, generator(seed, step, VIEW_WEAK)))
     if "strong" in algorithm.needs:
@@ -254,7 +255,8 @@ def logits_of(
     fetch = on_device(x, device)
     out = []
     for i in range(0, len(x), batch):
-        with autocast(device, precision): out.append(model(plain(fetch(torch.arange(i, min(i + batch, len(x)))))).float().cpu())
+        images, _ = fetched(fetch, x, torch.arange(i, min(i + batch, len(x))))
+        with autocast(device, precision): out.append(model(plain(images)).float().cpu())
     return torch.cat(out) if out else torch.zeros(0, 0)
 
 def autocast(device, precision: str):
@@ -545,7 +547,7 @@ def take_up(
 
 def empty_log() -> dict:
     "What a run has to tell before its first step."
-    return {"evaluations": [], "seconds": 0., "eval_seconds": 0., "resumes": []}
+    return {"evaluations": [], "seconds": 0., "eval_seconds": 0., "resumes": [], "unreadable": []}
 
 # %% ../nbs/05_training.ipynb #9d214030
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) # no space on the disk, for the user, for one file
@@ -594,10 +596,10 @@ def describe(algorithm) -> dict:
 
 def split_of(dataset: Dataset) -> dict:
     "What identifies the data of a run: the source's name, the split's seed and a hash."
-    if (s := dataset.split) is not None: return {"source": s.source, "seed": s.seed, "n_per_class": s.n_per_class, "hash": s.hash, "skipped": s.skipped}
+    if (s := dataset.split) is not None: return {"source": s.source, "seed": s.seed, "n_per_class": s.n_per_class, "hash": s.hash, "skipped": s.skipped, "unreadable": list(s.unreadable)}
     h = hashlib.sha256(repr((len(dataset.x_ulb), len(dataset.x_test), dataset.y_lb.tolist())).encode())
     if isinstance(dataset.x_lb, Tensor): h.update(dataset.x_lb.cpu().numpy().tobytes())
-    return {"source": "tensors", "seed": None, "n_per_class": None, "hash": h.hexdigest()[:16], "skipped": 0}
+    return {"source": "tensors", "seed": None, "n_per_class": None, "hash": h.hexdigest()[:16], "skipped": 0, "unreadable": []}
 
 def settings_of(dataset: Dataset, encoder, algorithm, views: Views, schedule: Schedule, **more) -> dict: # more: numbers and names, as they are
     "Every setting of a run, as JSON."
@@ -632,13 +634,31 @@ def evaluate(model, dataset: Dataset, plain, device, precision: str = "float32")
     some = torch.arange(n) if n <= POOL_IMAGES else torch.randperm(n, generator=generator(0, 0))[:POOL_IMAGES].sort().values
     out, z = {}, logits_of(model, dataset.x_test, plain, device, precision=precision)
     if len(z):
-        s = summary(z, dataset.y_test)
+        seen = readable(dataset.x_test)
+        s = summary(z[seen], dataset.y_test[seen])
         out |= {"accuracy": s["accuracy"], "mean_confidence": s["mean_confidence"]}
     if n:
         pool = dataset.x_ulb if n == len(some) else dataset.x_ulb.select(some) if isinstance(dataset.x_ulb, ImageFiles) else dataset.x_ulb[some]
-        s = summary(logits_of(model, pool, plain, device, precision=precision), dataset.y_ulb[some])
+        z_pool, seen = logits_of(model, pool, plain, device, precision=precision), readable(pool)
+        s = summary(z_pool[seen], dataset.y_ulb[some][seen])
         out |= {f"pool_{k}": v for k, v in s.items()}
     return out, z
+
+# %% ../nbs/05_training.ipynb #ac164299
+def readable(x: Tensor|ImageFiles): # an index of `x`
+    "Which images are not known as unreadable."
+    if isinstance(x, Tensor) or not x.left_out: return slice(None)
+    return torch.tensor([x.left_out.name(f) not in x.left_out for f in x.files], dtype=torch.bool)
+
+def leave_out(dataset: Dataset, names: list[str]):
+    "Take files as unreadable, as those of a checkpoint."
+    for x in dataset:
+        if isinstance(x, ImageFiles) and x.left_out is not None: x.left_out.update(names)
+
+def unreadable(dataset: Dataset) -> list[str]:
+    "Names of the files found unreadable since the data set was made."
+    found = {name for x in dataset if isinstance(x, ImageFiles) for name in x.left_out or ()}
+    return sorted(found - set(dataset.split.unreadable if dataset.split is not None else ()))
 
 # %% ../nbs/05_training.ipynb #4a0981a9
 def train_step(model: Model, images: dict, algorithm, state: dict, optimizer, guard: Guard, meter: Meter, t: int, lr: float, device,
@@ -727,6 +747,7 @@ def train(model: Model, dataset: Dataset, views: Views, algorithm, settings: dic
     state, meter, guard = algorithm.init(len(dataset.x_ulb), len(dataset.classes), device), Meter(dataset.y_ulb, device), Guard(device)
     here = {} if folder is None else surroundings(device)
     log, start = take_up(folder, settings, device, here, model, optimizer, state, meter) if resume and folder is not None else (empty_log(), 0)
+    leave_out(dataset, log["unreadable"])
     lb, ulb = on_device(dataset.x_lb, device), on_device(dataset.x_ulb, device)
     make = lambda t: step_images(dataset, views, algorithm, lb, ulb, s["seed"], t, s["batch"], s["mu"], schedule, s["labelled"])
     logits = functools.partial(forward, features=compiled(model.features, compile)) if compile else forward
@@ -749,6 +770,7 @@ def train(model: Model, dataset: Dataset, views: Views, algorithm, settings: dic
             bar.update()
             if folder is not None and done < steps and (interrupt.asked or checkpoint_every and done % checkpoint_every == 0):
                 watch.lap("seconds")
+                log["unreadable"] = unreadable(dataset)
                 save_checkpoint(folder, done, model, optimizer, state, meter, guard, log, settings, here)
             if interrupt.asked and done < steps: raise KeyboardInterrupt(f"stopped after step {done} of {steps}{', checkpoint written' if folder is not None else ''}")
     return finish(log, dataset, z)
@@ -775,7 +797,9 @@ def postfix(log: dict, meter: Meter, guard: Guard) -> dict:
 def finish(log: dict, dataset: Dataset, z: Tensor) -> dict: # z: (N_test, C) logits of the last evaluation
     "The log with per-class accuracy and confusion (rows: truth) of the last evaluation."
     C = len(dataset.classes)
+    log["unreadable"] = unreadable(dataset)
     if len(z):
-        confusion = (dataset.y_test * C + z.argmax(1)).bincount(minlength=C * C).reshape(C, C)
+        seen = readable(dataset.x_test)
+        confusion = (dataset.y_test * C + z.argmax(1))[seen].bincount(minlength=C * C).reshape(C, C)
         log |= {"confusion": confusion.tolist(), "per_class_accuracy": [round(float(r[k] / r.sum()), 6) if r.sum() else None for k, r in enumerate(confusion)]}
     return log | {k: round(log[k], 3) for k in ("seconds", "eval_seconds")}
