@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['OPTIONS', 'TRAIN', 'NAMED', 'PREDICT', 'DEMO', 'BENCH', 'MAIN', 'Parser', 'Help', 'number', 'add_algorithm',
-           'chosen_options', 'algorithm_of', 'UsageError', 'add_train', 'dataset_of', 'apply_preset', 'check_train',
-           'bar', 'device_of', 'train', 'add_predict', 'image_files', 'read_images', 'write_predictions', 'predict',
-           'add_demo', 'references', 'demo_picture', 'demo', 'demo_table', 'write_samples', 'add_bench', 'bench',
-           'make_parser', 'program', 'main', 'complain', 'sentence_of', 'how_to_go_on']
+           'chosen_options', 'algorithm_of', 'UsageError', 'add_train', 'dataset_of', 'files_to_skip', 'apply_preset',
+           'check_train', 'check_out', 'bar', 'device_of', 'train', 'add_predict', 'image_files', 'read_images',
+           'write_predictions', 'predict', 'add_demo', 'references', 'demo_picture', 'demo', 'demo_table',
+           'write_samples', 'add_bench', 'bench', 'make_parser', 'program', 'main', 'complain', 'sentence_of',
+           'how_to_go_on']
 
 # %% ../nbs/80_cli.ipynb #fdabba58
 import argparse, csv, json, os, shlex, sys, time
@@ -88,7 +89,7 @@ def add_train(commands, common):
     g.add_argument("--per-class", metavar="N", type=whole, help="labelled images per class, drawn from --split-seed (default: for a folder all in train/, otherwise required)")
     g.add_argument("--split-seed", metavar="S", type=int, help="which images are labelled (default: as --seed)")
     g.add_argument("--image-size", metavar="PX", type=whole, help="side of the square that the encoder sees (default: the encoder's own)")
-    g.add_argument("--skip-unreadable", action="store_true", help="leave out image files that cannot be read, and count them")
+    g.add_argument("--skip-unreadable", action="store_true", help="leave out image files that cannot be read, now or later in the run, and name them in the record")
     g.add_argument("--data-dir", metavar="DIR", default="~/.cache/finessl", help="where cifar10, cifar100 and food101 lie or are downloaded to")
     add_algorithm(p)
     g = p.add_argument_group("model")
@@ -96,6 +97,7 @@ def add_train(commands, common):
     g.add_argument("--checkpoint", metavar="FILE", help="the encoder's weights in a local file (default: its pretrained ones)")
     g.add_argument("--peft", choices=("vpt", "linear"), default="vpt", help="train prompts in every layer and heads, or heads alone")
     g.add_argument("--prompts", metavar="P", type=whole, help="prompts per layer, for --peft vpt (default: 50 for 197 tokens, as in the paper; 4 for the pocket)")
+    g.add_argument("--prompt-init", choices=("random", "tokens"), default="random", help="prompts start at random, as in the paper, or as tokens of labelled images, for encoders that random ones upset")
     g.add_argument("--init-seed", metavar="S", type=int, help="initial prompts and heads (default: as --seed)")
     g = p.add_argument_group("training")
     g.add_argument("--seed", metavar="S", type=int, default=0, help="order of the images and their random views")
@@ -131,10 +133,18 @@ def dataset_of(args): # -> Dataset
     if args.data in NAMED:
         from finessl.gpu import torchvision_dataset
         return torchvision_dataset(args.data, args.per_class, seed, args.data_dir)
+    unreadable = files_to_skip(args)
     if (Path(args.data) / "labelled.txt").exists():
         from finessl.gpu import image_lists
-        return image_lists(args.data, args.per_class, seed)
-    return image_folder(args.data, args.per_class, seed, unreadable="skip" if args.skip_unreadable else "raise")
+        return image_lists(args.data, args.per_class, seed, unreadable=unreadable)
+    return image_folder(args.data, args.per_class, seed, unreadable=unreadable)
+
+def files_to_skip(args): # "raise", "skip", or a list of names
+    "What `--skip-unreadable` asks for; a resume leaves out what the run left out when it began, and decodes nothing again."
+    from finessl.training import newest
+    if not args.skip_unreadable: return "raise"
+    c = newest(args.out) if args.resume else None
+    return "skip" if c is None else json.loads(c["settings"])["dataset"]["unreadable"]
 
 # %% ../nbs/80_cli.ipynb #2c8268b8
 def apply_preset(args):
@@ -162,14 +172,22 @@ def check_train(args):
     if not args.data: raise UsageError("finessl train needs --data, or --preset")
     chosen_options(args)
     if args.prompts is not None and args.peft != "vpt": raise UsageError(f"--prompts belongs to --peft vpt, not to {args.peft}")
+    if args.prompt_init == "tokens" and args.peft != "vpt": raise UsageError(f"--prompt-init tokens belongs to --peft vpt, not to {args.peft}")
+    if args.skip_unreadable and args.data in ("digits", *NAMED): raise UsageError(f"--skip-unreadable belongs to a folder of images or list files, not to --data {args.data}")
     if args.data in ("digits", *NAMED):
         if args.per_class is None: raise UsageError(f"--data {args.data} needs --per-class: how many images per class are labelled")
     elif not Path(args.data).exists(): raise UsageError(f"--data {args.data}: path does not exist (by name there are digits, {', '.join(NAMED)})")
     if args.checkpoint and not Path(args.checkpoint).is_file(): raise UsageError(f"--checkpoint {args.checkpoint}: file does not exist")
-    if args.out.exists() and not args.out.is_dir(): raise UsageError(f"--out {args.out} is a file; a folder is needed")
+    check_out(args.out)
     if (args.out / "record.json").exists(): raise UsageError(f"--out {args.out} holds a finished run; name another folder, or remove it")
     if not args.resume and any(args.out.glob("*checkpoint.pt")):
         raise UsageError(f"--out {args.out} holds an unfinished run; go on with --resume, name another folder, or remove it")
+
+def check_out(folder: Path):
+    "Refuse an `--out` that cannot be, or cannot be written to."
+    there = next(p for p in (folder, *folder.parents) if p.exists())
+    if not there.is_dir(): raise UsageError(f"--out {folder}: {there} is a file; a folder is needed")
+    if not os.access(there, os.W_OK): raise UsageError(f"--out {folder}: {there} cannot be written to")
 
 def bar(args) -> bool:
     "A progress bar is for a terminal; a log gets none."
@@ -196,10 +214,11 @@ def train(args):
     skipped = f"; left out as unreadable: {dataset.split.skipped}" if dataset.split.skipped else ""
     say(f"{args.data}: {len(dataset.classes)} classes, {len(dataset.x_lb)} labelled images, {len(dataset.x_ulb)} in the pool, {len(dataset.x_test)} for the test{skipped}")
     run = fit(dataset, encoder, algorithm, args.peft, args.prompts, schedule=Schedule(args.steps, args.lr, args.decay, args.clear_every), batch=args.batch, mu=args.mu,
-              views=natural_views(encoder.image_size, args.mean, args.std) if args.mean else None, labelled=args.labelled, seed=args.seed, init_seed=args.init_seed, device=device, precision=args.precision, evals=args.evals, out=args.out,
+              views=natural_views(encoder.image_size, args.mean, args.std) if args.mean else None, labelled=args.labelled, seed=args.seed, init_seed=args.init_seed, prompt_init=args.prompt_init, device=device, precision=args.precision, evals=args.evals, out=args.out,
               checkpoint_every=args.checkpoint_every, resume=args.resume, progress=bar(args), command=args.command_line)
     last = run.record["evaluations"][-1]
     score = "no test part" if last.get("accuracy") is None else f"{last['accuracy']:.1%} of {len(dataset.x_test)} test images right"
+    if lost := run.record["unreadable"]: say(f"left out as unreadable while training: {len(lost)} ({lost[0]}{', …' if len(lost) > 1 else ''}), named in record.json")
     say(f"{score} after {last['step']} steps in {run.record['seconds']:.1f} s; record and model are in {args.out}")
 
 # %% ../nbs/80_cli.ipynb #86dfb7c4
@@ -468,8 +487,9 @@ def complain(message: str, code: int, kind: str = "error: ") -> int:
 def sentence_of(e: Exception): # -> message, exit code
     "What to print for an error: its own sentence where it is one of ours, its type otherwise."
     if type(e).__name__ == "TrainingError": return str(e), 1
-    if isinstance(e, (ValueError, FileNotFoundError)): return str(e), 2
-    if isinstance(e, OSError): return str(e), 1
+    said = f"{e.filename}: {e.strerror.lower()}" if isinstance(e, OSError) and e.filename and e.strerror else str(e)
+    if isinstance(e, (ValueError, FileNotFoundError)): return said, 2
+    if isinstance(e, OSError): return said, 1
     return f"{type(e).__name__}: {e} (FINESSL_DEBUG=1 shows where)", 1
 
 def how_to_go_on(stopped: str, argv: list[str], args) -> str:
