@@ -4,23 +4,26 @@
 
 # %% auto #0
 __all__ = ['EPOCHS', 'short', 'paper', 'LABELLED', 'UNLABELLED', 'VIEW_LB', 'VIEW_WEAK', 'VIEW_STRONG', 'TOKEN_IMAGES',
-           'CHECKPOINT', 'DIGEST', 'FULL', 'POOL_IMAGES', 'Step', 'LabelledOnly', 'FixMatch', 'Schedule', 'lr_at',
-           'labelled_indices', 'on_device', 'ahead', 'side_stream', 'on_stream', 'arrived', 'step_images', 'forward',
-           'TrainingError', 'Guard', 'logits_of', 'autocast', 'summary', 'write_atomic', 'write_json', 'read_records',
-           'environment', 'folder_lock', 'lock', 'Interrupt', 'Run', 'trained_state', 'default_prompts', 'build_model',
-           'default_device', 'start_from_tokens', 'load_run', 'Meter', 'save_checkpoint', 'surroundings', 'differences',
-           'intact', 'newest', 'read_checkpoint', 'restore', 'take_up', 'empty_log', 'attempt', 'said_of',
-           'out_of_memory', 'smaller', 'kept', 'describe', 'split_of', 'settings_of', 'refuse_bad', 'optimizer_of',
-           'evaluate', 'readable', 'leave_out', 'unreadable', 'train_step', 'compiled', 'depth_for', 'fit', 'train',
-           'Stopwatch', 'postfix', 'finish']
+           'CHECKPOINT', 'DIGEST', 'FULL', 'POOL_IMAGES', 'TAUGHT', 'LOOKED_AT', 'Step', 'LabelledOnly', 'FixMatch',
+           'Schedule', 'lr_at', 'labelled_indices', 'on_device', 'ahead', 'side_stream', 'on_stream', 'arrived',
+           'share', 'count', 'rows_of', 'joined', 'step_images', 'forward', 'TrainingError', 'Guard', 'Stopped',
+           'Place', 'place_of', 'World', 'one_fate', 'in_one_world', 'logits_of', 'autocast', 'summary', 'write_atomic',
+           'write_json', 'read_records', 'environment', 'folder_lock', 'lock', 'Interrupt', 'Run', 'trained_state',
+           'fingerprint', 'default_prompts', 'build_model', 'default_device', 'start_from_tokens', 'load_run', 'Meter',
+           'save_checkpoint', 'surroundings', 'differences', 'intact', 'newest', 'read_checkpoint', 'restore',
+           'take_up', 'empty_log', 'attempt', 'said_of', 'out_of_memory', 'smaller', 'kept', 'describe', 'split_of',
+           'settings_of', 'refuse_bad', 'optimizer_of', 'evaluate', 'readable', 'leave_out', 'same_files', 'unreadable',
+           'whole_step', 'backward_in_parts', 'train_step', 'compiled', 'depth_for', 'fit', 'train', 'Stopwatch',
+           'postfix', 'finish']
 
 # %% ../nbs/05_training.ipynb #f869d55e
-import contextlib, dataclasses, errno, functools, hashlib, io, json, math, os, platform, signal, subprocess, sys, threading, time
+import atexit, contextlib, dataclasses, datetime, errno, functools, hashlib, io, json, math, os, platform, signal, subprocess, sys, threading, time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -180,23 +183,57 @@ def arrived(device, images: dict, event) -> dict: # images
         if v.is_cuda: v.record_stream(here)
     return images
 
+# %% ../nbs/05_training.ipynb #628ef487
+def share(
+    n: int, # places in a row
+    part: int = 0, of: int = 1 # part in [0, of)
+) -> slice:
+    "One of `of` nearly equal parts of `n` places."
+    return slice(n * part // of, n * (part + 1) // of)
+
+def count(n: int, part: int, of: int) -> int:
+    "How many places that part has."
+    return n * (part + 1) // of - n * part // of
+
+def rows_of(
+    x: Tensor, # (V*N, …), view-major
+    n_views: int, # V
+    part: int = 0, of: int = 1
+) -> Tensor: # (V*n, …), view-major
+    "The rows of one of `of` nearly equal parts of the N images, in all their views."
+    if of == 1: return x
+    x = x.unflatten(0, (n_views, -1))
+    return x[:, share(x.shape[1], part, of)].flatten(0, 1)
+
+def joined(
+    parts: list[Tensor], # (V*n, …) each, view-major
+    n_views: int = 1 # V
+) -> Tensor: # (V*N, …), view-major
+    "Parts put together again: the inverse of `rows_of`."
+    if len(parts) == 1: return parts[0]
+    return torch.cat([p.unflatten(0, (n_views, -1)) for p in parts], 1).flatten(0, 1)
+
 # %% ../nbs/05_training.ipynb #9f5e3e1f
 def step_images(
     dataset: Dataset, views: Views, algorithm, lb, ulb, # lb, ulb: functions idx -> images
-    seed: int, step: int, batch: int, mu: int, schedule: Schedule, labelled: str = "all"
+    seed: int, step: int, batch: int, mu: int, schedule: Schedule, labelled: str = "all",
+    part: tuple[int, int] = (0, 1) # make the images of this part of so many; labels and indices are always the whole batch's
 ) -> dict: # x_lb (B,…), x_w (U,…), x_s (V*U,…) normalised float; y_lb (B,), idx_ulb (U,) on the CPU
     "Draw the images of one step and their views; a pure function of (seed, step)."
+    def draws(v, n, key, *streams): # this part's rows of what is drawn for the whole batch
+        made = [v.draw(n, generator(seed, key, s)) for s in streams]
+        return {k: torch.cat([m[k][share(n, *part)] for m in made]) for k in made[0]}
     idx, key = labelled_indices(seed, step, len(dataset.x_lb), batch, schedule, labelled)
-    images, idx = fetched(lb, dataset.x_lb, idx, dataset.y_lb)
-    out = {"x_lb": views.weak(images, views.weak.draw(batch, generator(seed, key, VIEW_LB))), "y_lb": dataset.y_lb[idx]}
+    images, _ = fetched(lb, dataset.x_lb, idx[share(batch, *part)], dataset.y_lb) # what replaces an unreadable image is of its class
+    out = {"x_lb": views.weak(images, draws(views.weak, batch, key, VIEW_LB)), "y_lb": dataset.y_lb[idx]}
     if not algorithm.needs: return out
     n = mu * batch
-    images, out["idx_ulb"] = fetched(ulb, dataset.x_ulb, batch_indices(seed, step, len(dataset.x_ulb), n, UNLABELLED))
-    if "weak" in algorithm.needs:
-        out["x_w"] = views.weak(images, views.weak.draw(n, generator(seed, step, VIEW_WEAK)))
-    if "strong" in algorithm.needs:
-        draws = [views.strong.draw(n, generator(seed, step, VIEW_STRONG + v)) for v in range(algorithm.n_strong)]
-        out["x_s"] = views.strong(images.repeat(len(draws), 1, 1, 1), {k: torch.cat([d[k] for d in draws]) for k in draws[0]}) # one call for all
+    out["idx_ulb"] = idx = batch_indices(seed, step, len(dataset.x_ulb), n, UNLABELLED)
+    images, idx[share(n, *part)] = fetched(ulb, dataset.x_ulb, idx[share(n, *part)])
+    if "weak" in algorithm.needs: out["x_w"] = views.weak(images, draws(views.weak, n, step, VIEW_WEAK))
+    if "strong" in algorithm.needs: # one call for all strong views
+        V = algorithm.n_strong
+        out["x_s"] = views.strong(images.repeat(V, 1, 1, 1), draws(views.strong, n, step, *range(VIEW_STRONG, VIEW_STRONG + V)))
     return out
 
 # %% ../nbs/05_training.ipynb #bcb18f2d
@@ -243,21 +280,162 @@ class Guard:
         if (first := int(self.first)) >= 0:
             raise TrainingError(f"the loss is not finite at step {first}: try a smaller lr or gamma; the last good checkpoint is kept")
 
+# %% ../nbs/05_training.ipynb #64ffaba1
+class Stopped(TrainingError):
+    "Raised in a process that ends because another one failed; the other says why."
+
+class Place:
+    "This process among those that train one model; alone unless torchrun or `fit_on` has started more."
+    def __init__(self,
+        device=None, # None: cuda, else mps, else cpu; several processes take a GPU each, in order
+        patience: float = 600., # seconds that a process waits for the others
+        join: bool = True # False: alone, whatever has been started
+    ):
+        self.device, self.rank, self.size = torch.device(device or default_device()), 0, 1
+        if not join or not dist.is_available(): return
+        count, place = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
+        if count < 2 and not dist.is_initialized(): return
+        self.device = place_of(self.device, place, int(os.environ.get("LOCAL_WORLD_SIZE", count)))
+        if self.device.type == "cuda": torch.cuda.set_device(self.device)
+        if not dist.is_initialized(): # gloo for what lies on the CPU, NCCL for what lies on GPUs
+            backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
+            dist.init_process_group(backend, os.environ.get("FINESSL_MEET", "env://"), datetime.timedelta(seconds=patience), count, int(os.environ["RANK"]))
+            atexit.register(dist.destroy_process_group)
+        self.rank, self.size = dist.get_rank(), dist.get_world_size()
+
+    @property
+    def first(self): return self.rank == 0 # who writes and speaks
+
+    def share(self, n: int) -> slice:
+        "This process's places of `n`."
+        return share(n, self.rank, self.size)
+
+def place_of(
+    device: torch.device, # cpu or cuda
+    place: int, # of this process on its machine
+    places: int # processes on this machine
+) -> torch.device:
+    "The device of one process: each has a GPU of its own, or all share the CPU."
+    if device.type == "cpu" or places == 1: return device
+    if device.type != "cuda": raise ValueError(f"device {device.type} serves one process; several need cpu or cuda")
+    if device.index is not None: raise ValueError(f'device "{device}" is one GPU, and {places} processes need one each: say "cuda"')
+    if (there := torch.cuda.device_count()) < places: raise ValueError(f"{places} processes need {places} GPUs, and there {'is' if there == 1 else 'are'} {there}: start fewer, or take device cpu")
+    return torch.device("cuda", place)
+
+# %% ../nbs/05_training.ipynb #ae80965c
+class World(Place):
+    "The processes that train one model, and what they tell each other."
+    before = None # the question of the step before, see `told`
+
+    @contextlib.contextmanager
+    def talking(self):
+        "Around what needs an answer from all: a process that is gone becomes a TrainingError."
+        try: yield
+        except RuntimeError as error: raise TrainingError(f"a process of this run ended without a word (killed, or out of memory?), as process {self.rank} of {self.size} notices; the last checkpoint is kept") from error
+
+    def gather(self,
+        mine: dict[str, Tensor], # rows first, all on one device; int64 before float32
+        rows # name, rank -> rows of that process
+    ) -> dict[str, list[Tensor]]: # what each process holds, constants
+        "Everybody's tensors, in one exchange."
+        widths = {k: v[0].numel() * v.element_size() for k, v in mine.items()}
+        sizes = [[rows(k, r) * w for k, w in widths.items()] for r in range(self.size)]
+        flat = torch.cat([v.detach().contiguous().flatten().view(torch.uint8) for v in mine.values()])
+        all_of_it = [flat.new_empty(max(map(sum, sizes))) for _ in sizes]
+        with self.talking(): dist.all_gather(all_of_it, F.pad(flat, (0, len(all_of_it[0]) - len(flat))))
+        parts = [row[:sum(n)].split(n) for row, n in zip(all_of_it, sizes)]
+        return {k: [p[i].view(v.dtype).view(-1, *v.shape[1:]) for p in parts] for i, (k, v) in enumerate(mine.items())}
+
+    def sum_gradients(self, parameters):
+        "Add up the gradients of all processes, in one exchange."
+        grads = [p.grad for p in parameters if p.grad is not None]
+        flat = torch.cat([g.flatten() for g in grads])
+        with self.talking(): dist.all_reduce(flat)
+        for g, total in zip(grads, flat.split([g.numel() for g in grads])): g.copy_(total.view_as(g))
+
+    def told(self,
+        mine: bool # was this process told to stop?
+    ) -> bool: # the same in all processes; with several, their answers of the step before
+        "Whether anybody was told to stop."
+        if self.size == 1: return mine
+        flag, before = torch.tensor([int(mine)]), self.before
+        with self.talking():
+            self.before = flag, dist.all_reduce(flag, dist.ReduceOp.MAX, async_op=True)
+            if before: before[1].wait()
+        return bool(before and before[0])
+
+    def settle(self):
+        "Wait until all processes are here."
+        if self.size == 1: return
+        with self.talking():
+            if self.before: self.before[1].wait()
+            dist.all_reduce(torch.zeros(1))
+
+    def from_first(self, f):
+        "What `f()` gives in the first process, in all of them."
+        if self.size == 1: return f()
+        out = [f() if self.first else None]
+        with self.talking(): dist.broadcast_object_list(out, device=torch.device("cpu"))
+        return out[0]
+
+    def union(self, names: list[str]) -> list[str]:
+        "The names that any process knows."
+        if self.size == 1: return names
+        out = [None] * self.size
+        with self.talking(): dist.all_gather_object(out, names)
+        return sorted(set().union(*out))
+
+    def agree(self, mine, what: str): # mine: what JSON can write
+        "Raise where a process holds something else than the first."
+        if self.size == 1: return
+        out = [None] * self.size
+        with self.talking(): dist.all_gather_object(out, json.loads(json.dumps(mine)))
+        for r, other in enumerate(out):
+            if other != out[0]: raise TrainingError(f"process {r} has other {what} than process 0: {'; '.join(differences(other, out[0]))}")
+
+# %% ../nbs/05_training.ipynb #c29e59bf
+@contextlib.contextmanager
+def one_fate(world: World):
+    "Around the work: an error in one process ends all, and is told once."
+    if world.size == 1:
+        yield
+        return
+    store = dist.distributed_c10d._get_default_store()
+    note = f"finessl-failed-{store.add(f'finessl-works-{world.rank}', 1)}"
+    try: yield
+    except Stopped: raise
+    except Exception as error:
+        try: first = int(store.compare_set(note, "", str(world.rank)))
+        except (RuntimeError, ValueError): raise error from None   # the store went with its process
+        if first == world.rank: raise
+        raise Stopped(f"process {world.rank} of {world.size} ended because process {first} failed") from error
+
+def in_one_world(f): # f: takes a device among its arguments
+    "Join the other processes before `f` is called, and end with them."
+    @functools.wraps(f)
+    def together(*args, **kwargs):
+        with one_fate(World(kwargs.get("device"))): return f(*args, **kwargs)
+    return together
+
 # %% ../nbs/05_training.ipynb #185ec3fe
 @torch.no_grad()
 def logits_of(
     model, # images (B, 3, S, S) -> (B, C)
     x: Tensor|ImageFiles, # uint8 images
     plain, # evaluation view: uint8 -> normalised float
-    device, batch: int = 256, precision: str = "float32"
+    device, batch: int = 256, precision: str = "float32",
+    world: World|None = None # several processes take a share each and hand each other the results
 ) -> Tensor: # (N, C) float32 on the CPU
     "Logits of many images, batch by batch."
-    fetch = on_device(x, device)
+    fetch, shared = on_device(x, device), world is not None and 1 < world.size <= len(x)
+    first, last, _ = world.share(len(x)).indices(len(x)) if shared else (0, len(x), 1)
     out = []
-    for i in range(0, len(x), batch):
-        images, _ = fetched(fetch, x, torch.arange(i, min(i + batch, len(x))))
+    for i in range(first, last, batch):
+        images, _ = fetched(fetch, x, torch.arange(i, min(i + batch, last)))
         with autocast(device, precision): out.append(model(plain(images)).float().cpu())
-    return torch.cat(out) if out else torch.zeros(0, 0)
+    if not out: return torch.zeros(0, 0)
+    if not shared: return torch.cat(out)
+    return torch.cat(world.gather({"z": torch.cat(out)}, lambda k, r: count(len(x), r, world.size))["z"])
 
 def autocast(device, precision: str):
     "bf16 autocast on any device, or nothing for float32."
@@ -357,7 +535,8 @@ def lock(f, path: Path) -> bool: # is it the file that `path` names?
 # %% ../nbs/05_training.ipynb #5c839d04
 class Interrupt:
     "While active, the first Ctrl-C (or SIGTERM) sets `.asked`; the second acts as usual."
-    def __init__(self): self.asked, self.old = False, {}
+    def __init__(self, deaf: float = 0.): # seconds in which a second signal is taken for the first one's echo, as launchers send it
+        self.asked, self.old, self.deaf = False, {}, deaf
 
     def __enter__(self):
         if threading.current_thread() is threading.main_thread():
@@ -365,8 +544,13 @@ class Interrupt:
         return self
 
     def note(self, number, frame):
+        if self.asked and time.monotonic() < self.deaf: return
+        if self.asked: # the second: as usual
+            self.restore()
+            signal.raise_signal(number)
         self.asked = True
-        self.restore()
+        if self.deaf: self.deaf += time.monotonic()
+        else: self.restore()
 
     def restore(self):
         for s, h in self.old.items(): signal.signal(s, h)
@@ -403,6 +587,10 @@ class Run:
 def trained_state(model: nn.Module) -> dict: # name -> tensor
     "The parameters that training changes: prompts and heads."
     return {k: v for k, v in model.named_parameters() if v.requires_grad}
+
+def fingerprint(model: nn.Module) -> str:
+    "SHA-256 of what training changes."
+    return hashlib.sha256(b"".join(v.detach().cpu().numpy().tobytes() for v in trained_state(model).values())).hexdigest()
 
 # %% ../nbs/05_training.ipynb #9979b7f8
 @torch.no_grad()
@@ -511,9 +699,9 @@ def differences(old: dict, new: dict, under: str = "") -> list[str]: # e.g. "sch
         elif a != b: out.append(f"{under}{k}: {a!r} there, {b!r} here")
     return out
 
-def intact(path: Path, device) -> dict|None:
+def intact(file: Path|bytes, device) -> dict|None: # file: or what it holds
     "A checkpoint's content; None where its checksum does not fit."
-    content = path.read_bytes()
+    content = file if isinstance(file, bytes) else file.read_bytes()
     if hashlib.sha256(content[DIGEST:]).digest() != content[:DIGEST]: return None
     return torch.load(io.BytesIO(content[DIGEST:]), map_location=device, weights_only=True)
 
@@ -521,12 +709,13 @@ def newest(folder: Path, device="cpu") -> dict|None:
     "The newest checkpoint in a folder that can be read, whatever run it is of; None where there is none."
     return next((c for p in (folder / CHECKPOINT, folder / f"previous-{CHECKPOINT}") if p.exists() and (c := intact(p, device))), None)
 
-def read_checkpoint(folder: Path, settings: dict, device): # -> its content, or None where there is no checkpoint
+def read_checkpoint(folder: Path, settings: dict, device, world: World|None = None): # -> its content, or None where there is no checkpoint
     "The newest checkpoint that can be read; a torn one is passed over for the one before it, a foreign one refused."
     errors = []
-    for path in (folder / CHECKPOINT, folder / f"previous-{CHECKPOINT}"):
-        if not path.exists(): continue
-        if (c := intact(path, device)) is None:
+    paths = (folder / CHECKPOINT, folder / f"previous-{CHECKPOINT}")
+    read = lambda: {path: path.read_bytes() for path in paths if path.exists()}
+    for path, content in (world.from_first(read) if world else read()).items():
+        if (c := intact(content, device)) is None:
             errors.append(f"{path.name} is torn, or not a checkpoint of finessl: its checksum does not fit")
             continue
         if differ := differences(json.loads(c["settings"]), json.loads(json.dumps(settings))):
@@ -548,15 +737,16 @@ def restore(c: dict, model, optimizer, state: dict, meter: Meter): # c: from rea
 
 def take_up(
     folder: Path, settings: dict, device, here: dict, # here: from surroundings
-    model, optimizer, state: dict, meter: Meter # what is restored
+    model, optimizer, state: dict, meter: Meter, # what is restored
+    world: World|None = None # the first process reads for all
 ): # -> the log and the step to go on from; an empty log and 0 where there is no checkpoint
     "Go on from the checkpoint in `folder`, and say so where something is different."
-    c = read_checkpoint(folder, settings, device)
+    c = read_checkpoint(folder, settings, device, world)
     if c is None: return empty_log(), 0
     restore(c, model, optimizer, state, meter)
     log, changed = c["log"], differences(json.loads(c["surroundings"]), here)
     log["resumes"].append({"step": c["step"], "passed_over": c["passed_over"], "changed": changed})
-    if said := c["passed_over"] + changed: tqdm.write(f"resumed from step {c['step']}: {'; '.join(said)}", file=sys.stderr)
+    if (said := c["passed_over"] + changed) and (world is None or world.first): tqdm.write(f"resumed from step {c['step']}: {'; '.join(said)}", file=sys.stderr)
     return log, c["step"]
 
 def empty_log() -> dict:
@@ -623,12 +813,13 @@ def settings_of(dataset: Dataset, encoder, algorithm, views: Views, schedule: Sc
 
 # %% ../nbs/05_training.ipynb #1783cce0
 def refuse_bad(dataset: Dataset, algorithm, schedule: Schedule, seed: int, batch: int, mu: int, evals: int, checkpoint_every: int|None, labelled: str, precision: str,
-               peft: str = "vpt", prompt_init: str = "random"):
+               peft: str = "vpt", prompt_init: str = "random", accumulate: int = 1, processes: int = 1):
     "Raise a ValueError that says which value was given and what is allowed."
     check_dataset(dataset)
-    positive = {"batch": batch, "mu": mu, "schedule.steps": schedule.steps, "evals": evals} | ({} if checkpoint_every is None else {"checkpoint_every": checkpoint_every})
+    positive = {"batch": batch, "mu": mu, "schedule.steps": schedule.steps, "evals": evals, "accumulate": accumulate} | ({} if checkpoint_every is None else {"checkpoint_every": checkpoint_every})
     for name, v in positive.items():
         if v < 1: raise ValueError(f"{name} must be >= 1, got {v}")
+    if batch < processes * accumulate: raise ValueError(f"batch must be >= processes x accumulate, a labelled image for each part; got {batch} for {processes} x {accumulate}")
     if algorithm.needs and not len(dataset.x_ulb): raise ValueError(f"{type(algorithm).__name__} needs unlabelled images, and the pool is empty")
     if prompt_init not in ("random", "tokens") or (prompt_init, peft) == ("tokens", "linear"): raise ValueError(f'prompt_init must be "random", or "tokens" where there are prompts (peft="vpt"), got {prompt_init!r} with peft={peft!r}')
     if not schedule.lr > 0: raise ValueError(f"lr must be > 0, got {schedule.lr}")
@@ -643,18 +834,21 @@ def optimizer_of(model, schedule: Schedule, momentum: float, weight_decay: float
 # %% ../nbs/05_training.ipynb #462fe4b8
 POOL_IMAGES = 10_000 # at most so many images of the pool are classified at an evaluation
 
-def evaluate(model, dataset: Dataset, plain, device, precision: str = "float32"): # -> metrics for the record; logits of the test part
+def evaluate(model, dataset: Dataset, plain, device, precision: str = "float32", world: World|None = None): # -> metrics for the record; logits of the test part
     "Accuracy on the test part and, for diagnosis, on the pool (its first images in a fixed random order where it is large)."
     n = len(dataset.x_ulb)
     some = torch.arange(n) if n <= POOL_IMAGES else torch.randperm(n, generator=generator(0, 0))[:POOL_IMAGES].sort().values
-    out, z = {}, logits_of(model, dataset.x_test, plain, device, precision=precision)
+    out, z = {}, logits_of(model, dataset.x_test, plain, device, precision=precision, world=world)
     if len(z):
+        same_files(dataset, world)
         seen = readable(dataset.x_test)
         s = summary(z[seen], dataset.y_test[seen])
         out |= {"accuracy": s["accuracy"], "mean_confidence": s["mean_confidence"]}
     if n:
         pool = dataset.x_ulb if n == len(some) else dataset.x_ulb.select(some) if isinstance(dataset.x_ulb, ImageFiles) else dataset.x_ulb[some]
-        z_pool, seen = logits_of(model, pool, plain, device, precision=precision), readable(pool)
+        z_pool = logits_of(model, pool, plain, device, precision=precision, world=world)
+        same_files(dataset, world)
+        seen = readable(pool)
         s = summary(z_pool[seen], dataset.y_ulb[some][seen])
         out |= {f"pool_{k}": v for k, v in s.items()}
     return out, z
@@ -670,20 +864,68 @@ def leave_out(dataset: Dataset, names: list[str]):
     for x in dataset:
         if isinstance(x, ImageFiles) and x.left_out is not None: x.left_out.update(names)
 
+def same_files(dataset: Dataset, world: World|None):
+    "Let every process know which files another one found unreadable."
+    if world is not None: leave_out(dataset, world.union(unreadable(dataset)))
+
 def unreadable(dataset: Dataset) -> list[str]:
     "Names of the files found unreadable since the data set was made."
     found = {name for x in dataset if isinstance(x, ImageFiles) for name in x.left_out or ()}
     return sorted(found - set(dataset.split.unreadable if dataset.split is not None else ()))
 
+# %% ../nbs/05_training.ipynb #b5b5fda2
+TAUGHT, LOOKED_AT = ("z_lb", "z_ulb_s", "a_lb", "a_ulb_s"), ("z_ulb_w", "a_ulb_w") # logits with a gradient, and without
+
+def whole_step(
+    parts: list[Step], # this process's pieces, with labels and indices of the whole batch
+    n_strong: int, # V
+    world: World|None = None
+) -> Step: # logits as constants
+    "The whole batch's logits, from all pieces of all processes, in the order of one process."
+    names = [k for k in (*TAUGHT, *LOOKED_AT) if getattr(parts[0], k) is not None]
+    views = {k: n_strong if k.endswith("_s") else 1 for k in names}
+    out = {k: joined([getattr(p, k).detach() for p in parts], views[k]) for k in names}
+    if world is not None and world.size > 1:
+        rows = lambda k, r: views.get(k, 1) * count(len(parts[0].y_lb if k.endswith("_lb") else parts[0].idx_ulb), r, world.size)
+        if parts[0].idx_ulb is not None: out = {"idx_ulb": parts[0].idx_ulb[world.share(len(parts[0].idx_ulb))]} | out # who reads files may have replaced some
+        out = {k: joined(v, views.get(k, 1)) for k, v in world.gather(out, rows).items()}
+    return parts[0]._replace(**out)
+
+def backward_in_parts(model: Model, images: dict, algorithm, state: dict, device, precision: str, logits, world: World|None, accumulate: int
+): # -> the whole batch's step, loss, metrics
+    "Loss of the whole batch and its gradient, with the memory of one piece; the algorithm is called once."
+    V, rank, size = max(1, algorithm.n_strong), *((0, 1) if world is None else (world.rank, world.size))
+    images = images | {k: images[k].to(device, non_blocking=True) for k in ("y_lb", "idx_ulb") if k in images}
+    views = {"x_lb": 1, "x_w": 1, "x_s": V}
+    pieces = [images | {k: rows_of(images[k], v, i, accumulate) for k, v in views.items() if k in images} for i in range(accumulate)]
+    def look(piece):
+        with autocast(device, precision): return logits(model, piece, algorithm, device)
+    with torch.set_grad_enabled(accumulate == 1): parts = [look(piece) for piece in pieces]
+    step = whole_step(parts, V, world)
+    taught = {k: z.requires_grad_() for k in TAUGHT if (z := getattr(step, k)) is not None}
+    loss, metrics = algorithm(step, state)
+    slopes = torch.autograd.grad(loss, list(taught.values()), allow_unused=True)
+    for i, piece in enumerate(pieces):
+        part = parts[0] if accumulate == 1 else look({k: v for k, v in piece.items() if k != "x_w"}) # again, now with gradient
+        v = lambda k: V if k.endswith("_s") else 1
+        own = [(getattr(part, k), rows_of(rows_of(g, v(k), rank, size), v(k), i, accumulate)) for k, g in zip(taught, slopes) if g is not None]
+        torch.autograd.backward(*zip(*own))
+    if size > 1: world.sum_gradients(model.parameters())
+    return step, loss, metrics
+
 # %% ../nbs/05_training.ipynb #4a0981a9
 def train_step(model: Model, images: dict, algorithm, state: dict, optimizer, guard: Guard, meter: Meter, t: int, lr: float, device,
-               precision: str = "float32", logits=forward # logits: `forward`, or another form of it
+               precision: str = "float32", logits=forward, # logits: `forward`, or another form of it
+               world: World|None = None, accumulate: int = 1 # processes that share the step; pieces that a process makes of its share
 ) -> Tensor: # the loss, on the device
     "Step `t` of a run, with images from `step_images`."
-    with autocast(device, precision): step = logits(model, images, algorithm, device)
-    loss, metrics = algorithm(step, state)
     optimizer.zero_grad(set_to_none=True)
-    loss.backward()
+    if accumulate > 1 or world is not None and world.size > 1:
+        step, loss, metrics = backward_in_parts(model, images, algorithm, state, device, precision, logits, world, accumulate)
+    else:
+        with autocast(device, precision): step = logits(model, images, algorithm, device)
+        loss, metrics = algorithm(step, state)
+        loss.backward()
     guard.mask(loss, t, optimizer)
     for g in optimizer.param_groups: g["lr"] = lr
     optimizer.step()
@@ -706,6 +948,7 @@ def depth_for(dataset: Dataset, device) -> int:
     return 2 if files or torch.device(device).type != "cpu" else 0
 
 # %% ../nbs/05_training.ipynb #e45043b3
+@in_one_world
 def fit(
     dataset: Dataset, # images and labels; see the data notebook
     backbone, # an encoder, or a name for load_backbone
@@ -731,11 +974,13 @@ def fit(
     resume: bool = False, # go on from the checkpoint in `out`
     overwrite: bool = False, # write into an `out` that holds a finished run
     progress: bool|None = None, # None: a bar in a terminal or a notebook
-    command: str|None = None # for the record
+    command: str|None = None, # for the record
+    accumulate: int = 1 # pieces that a batch is computed in: the same update with less memory, at about a third more time
 ) -> Run:
     "Train prompts and heads on a frozen encoder with any algorithm; the paper's optimizer and schedule are the defaults."
-    refuse_bad(dataset, algorithm, schedule, seed, batch, mu, evals, checkpoint_every, labelled, precision, peft, prompt_init)
-    encoder, device = load_backbone(backbone) if isinstance(backbone, str) else backbone, torch.device(device or default_device())
+    world = World(device)
+    refuse_bad(dataset, algorithm, schedule, seed, batch, mu, evals, checkpoint_every, labelled, precision, peft, prompt_init, accumulate, world.size)
+    encoder, device = load_backbone(backbone) if isinstance(backbone, str) else backbone, world.device
     views, init_seed = views or default_views(dataset, encoder), seed if init_seed is None else init_seed
     n_prompts = 0 if peft != "vpt" else default_prompts(encoder) if n_prompts is None else n_prompts
     settings = settings_of(dataset, encoder, algorithm, views, schedule, peft=peft, n_prompts=n_prompts, batch=batch, mu=mu, momentum=momentum, weight_decay=weight_decay,
@@ -743,53 +988,58 @@ def fit(
     model, compile = build_model(encoder, len(dataset.classes), peft, n_prompts, init_seed).to(device), device.type == "cuda" if compile is None else compile
     if prompt_init == "tokens": start_from_tokens(model, dataset, views.plain, init_seed, device)
     folder = None if out is None else Path(out)
-    with contextlib.nullcontext() if folder is None else folder_lock(folder):
-        if folder is not None and (folder / "record.json").exists() and not overwrite: raise TrainingError(f"{folder} holds a finished run; name another folder, or remove it")
-        record = settings | attempt(lambda: train(model, dataset, views, algorithm, settings, schedule, device, folder, checkpoint_every, resume, progress, depth, compile), folder, batch)
-        record |= environment(device) | {"compile": compile, "checkpoint": getattr(encoder, "checkpoint", None), "command": command}
+    world.agree(settings, "settings")
+    with folder_lock(folder) if folder is not None and world.first else contextlib.nullcontext():
+        if folder is not None and world.first and (folder / "record.json").exists() and not overwrite: raise TrainingError(f"{folder} holds a finished run; name another folder, or remove it")
+        record = settings | attempt(lambda: train(model, dataset, views, algorithm, settings, schedule, device, folder, checkpoint_every, resume, progress, depth, compile, world, accumulate), folder, batch)
+        record |= environment(device) | {"compile": compile, "processes": world.size, "accumulate": accumulate, "checkpoint": getattr(encoder, "checkpoint", None), "command": command}
         run = Run(model.eval(), record, views.plain, device)
-        if folder is not None:
+        if folder is not None and world.first:
             attempt(lambda: run.save(folder), folder, batch)
             for name in (CHECKPOINT, f"previous-{CHECKPOINT}"): (folder / name).unlink(missing_ok=True)
+        world.settle()
     return run
 
 # %% ../nbs/05_training.ipynb #d47d78cf
 def train(model: Model, dataset: Dataset, views: Views, algorithm, settings: dict, schedule: Schedule, device,
           folder: Path|None = None, checkpoint_every: int|None = None, resume: bool = False, progress: bool|None = None,
-          depth: int|None = None, compile: bool|str = False
+          depth: int|None = None, compile: bool|str = False, world: World|None = None, accumulate: int = 1
 ) -> dict: # evaluations, per-class accuracy, confusion, seconds, resumes
     "The loop of `fit`: draw, step, evaluate now and then, keep what a resume needs."
-    s, steps = settings, schedule.steps
+    s, steps, world = settings, schedule.steps, world or World(device, join=False)
     optimizer = optimizer_of(model, schedule, s["momentum"], s["weight_decay"])
     state, meter, guard = algorithm.init(len(dataset.x_ulb), len(dataset.classes), device), Meter(dataset.y_ulb, device), Guard(device)
-    here = {} if folder is None else surroundings(device)
-    log, start = take_up(folder, settings, device, here, model, optimizer, state, meter) if resume and folder is not None else (empty_log(), 0)
+    here = {} if folder is None else surroundings(device) | {"processes": world.size, "accumulate": accumulate}
+    log, start = take_up(folder, settings, device, here, model, optimizer, state, meter, world) if resume and folder is not None else (empty_log(), 0)
     leave_out(dataset, log["unreadable"])
     lb, ulb = on_device(dataset.x_lb, device), on_device(dataset.x_ulb, device)
-    make = lambda t: step_images(dataset, views, algorithm, lb, ulb, s["seed"], t, s["batch"], s["mu"], schedule, s["labelled"])
+    make = lambda t: step_images(dataset, views, algorithm, lb, ulb, s["seed"], t, s["batch"], s["mu"], schedule, s["labelled"], (world.rank, world.size))
     logits = functools.partial(forward, features=compiled(model.features, compile)) if compile else forward
     images = ahead(make, range(start, steps), depth_for(dataset, device) if depth is None else depth, device)
     eval_at, show_every = {math.ceil(steps * i / s["evals"]) for i in range(1, s["evals"] + 1)}, max(1, steps // 50)
-    bar = tqdm(total=steps, initial=start, disable=None if progress is None else not progress, desc=type(algorithm).__name__, leave=True)
+    bar = tqdm(total=steps, initial=start, disable=not world.first or (None if progress is None else not progress), desc=type(algorithm).__name__, leave=True)
     watch = Stopwatch(log)
-    with bar, Interrupt() as interrupt, contextlib.closing(images):
+    with bar, Interrupt(deaf=float(world.size > 1)) as interrupt, contextlib.closing(images):
         for t in range(start, steps):
             if schedule.clear_every and t and t % schedule.clear_every == 0 and hasattr(algorithm, "clear"): algorithm.clear(state)
-            train_step(model, next(images), algorithm, state, optimizer, guard, meter, t, lr_at(schedule, t), device, s["precision"], logits)
-            done = t + 1
+            train_step(model, next(images), algorithm, state, optimizer, guard, meter, t, lr_at(schedule, t), device, s["precision"], logits, world, accumulate)
+            done, stop = t + 1, world.told(interrupt.asked)
             if done in eval_at:
                 guard.check()
                 watch.lap("seconds")
-                scores, z = evaluate(model.eval(), dataset, views.plain, device, s["precision"])
+                scores, z = evaluate(model.eval(), dataset, views.plain, device, s["precision"], world)
+                world.agree({"sha256": fingerprint(model)} if world.size > 1 else {}, "weights")
                 log["evaluations"].append({"step": done, "lr": lr_at(schedule, t)} | meter.read() | scores)
                 watch.lap("eval_seconds")
             if done % show_every == 0 and not bar.disable: bar.set_postfix(postfix(log, meter, guard), refresh=False)
             bar.update()
-            if folder is not None and done < steps and (interrupt.asked or checkpoint_every and done % checkpoint_every == 0):
+            if folder is not None and done < steps and (stop or checkpoint_every and done % checkpoint_every == 0):
                 watch.lap("seconds")
-                log["unreadable"] = unreadable(dataset)
-                save_checkpoint(folder, done, model, optimizer, state, meter, guard, log, settings, here)
-            if interrupt.asked and done < steps: raise KeyboardInterrupt(f"stopped after step {done} of {steps}{', checkpoint written' if folder is not None else ''}")
+                log["unreadable"] = world.union(unreadable(dataset))
+                if world.first: save_checkpoint(folder, done, model, optimizer, state, meter, guard, log, settings, here)
+            if stop and done < steps:
+                world.settle()
+                raise KeyboardInterrupt(f"stopped after step {done} of {steps}{', checkpoint written' if folder is not None else ''}")
     return finish(log, dataset, z)
 
 # %% ../nbs/05_training.ipynb #885876c8
