@@ -394,11 +394,13 @@ def write_samples(dataset, folder: Path):
 BENCH = """Time a training step in several forms, in one run, with random weights and random images; needs no file.
 
 Variants: naive (a plain form of the released trainer's step), then one gain more each: precision, sdpa, exact-prompts,
-no-gradient, pace-on-device, batch-views, finessl; and finessl-eager, finessl-graphs (CUDA), finessl-5k, finessl-1.28m.
+no-gradient, pace-on-device, batch-views, finessl; and finessl with attention always written or always fused
+(finessl-written, finessl-fused), uncompiled or with CUDA graphs (finessl-eager, finessl-graphs), with another
+pool (finessl-5k, finessl-1.28m).
 
 examples:
   finessl bench --device cpu --batch 4
-  finessl bench --device cuda --variants chain,finessl-eager,finessl-graphs --json --out figures/records/bench_cuda.json"""
+  finessl bench --device cuda --variants chain,finessl-written,finessl-graphs --json --out figures/records/bench_cuda.json"""
 
 def add_bench(commands, common):
     "The options of `finessl bench`."
