@@ -140,6 +140,14 @@ def test_every_variant_gives_the_same_losses(name):
     assert losses(VARIANTS[name]) == pytest.approx(losses(VARIANTS["finessl"]), rel=2e-3)
 
 
+def test_a_form_of_attention_is_one_encoders_alone():
+    "Written and fused attention agree, and choosing one for a variant leaves the shared encoder as it is."
+    twins, x = {form: gpu.attending(encoder(), form) for form in gpu.FORMS}, torch.randn(2, 3, 48, 48)
+    for twin in twins.values():
+        assert (twin(x) - encoder()(x)).abs().max() < 1e-4 and all(a is b for a, b in zip(twin.parameters(), encoder().parameters()))
+    assert all(block.attention is gpu.attention for block in encoder().blocks) and twins["written"].blocks[0].attention is gpu.written_attention
+
+
 def test_a_step_fetches_nothing():
     check_fetches_nothing(lambda device: dry_steps(VARIANTS["finessl"], small()))
     with pytest.raises(AssertionError, match="asks the device"):
@@ -167,6 +175,10 @@ def test_bench_on_the_command_line(tmp_path):
     result = json.loads(out.getvalue().splitlines()[-1])
     assert {"device", "encoder", "batch", "variants"} <= result.keys() and result["batch"] == 2 and list(result["variants"]) == ["naive", "finessl"]
     for v in result["variants"].values(): assert {"step_ms", "step_with_views_ms", "mfu", "peak_memory_mb"} <= v.keys() and v["step_with_views_ms"] >= v["step_ms"] > 0
+    for v in result["variants"].values():
+        assert {"images_per_s", "views_images_per_s", "share", "preset_seconds", "loss"} <= v.keys() and set(v["share"]) == {"views", "encoder", "rest"}
+        assert v["views_times_step"] == pytest.approx(v["cpu_ms"]["step"] / (v["cpu_ms"]["step_with_views"] - v["cpu_ms"]["step"]), rel=.02)
+    assert "views/s" in out.getvalue() and "15,000 steps" in out.getvalue()
     assert json.loads(file.read_text()) == result
 
 
