@@ -6,7 +6,7 @@
 __all__ = ['EPOCHS', 'short', 'paper', 'LABELLED', 'UNLABELLED', 'VIEW_LB', 'VIEW_WEAK', 'VIEW_STRONG', 'TOKEN_IMAGES',
            'CHECKPOINT', 'DIGEST', 'FULL', 'POOL_IMAGES', 'TAUGHT', 'LOOKED_AT', 'Step', 'LabelledOnly', 'FixMatch',
            'Schedule', 'lr_at', 'labelled_indices', 'on_device', 'ahead', 'side_stream', 'on_stream', 'arrived',
-           'share', 'count', 'rows_of', 'joined', 'step_images', 'forward', 'TrainingError', 'Guard', 'Stopped',
+           'share', 'count', 'rows_of', 'joined', 'step_images', 'forward', 'TrainingError', 'Guard', 'Stopped', 'Lost',
            'Place', 'place_of', 'World', 'one_fate', 'in_one_world', 'logits_of', 'autocast', 'summary', 'write_atomic',
            'write_json', 'read_records', 'environment', 'folder_lock', 'lock', 'Interrupt', 'Run', 'trained_state',
            'fingerprint', 'default_prompts', 'build_model', 'default_device', 'start_from_tokens', 'load_run', 'Meter',
@@ -284,6 +284,9 @@ class Guard:
 class Stopped(TrainingError):
     "Raised in a process that ends because another one failed; the other says why."
 
+class Lost(TrainingError):
+    "Raised in a process that waited in vain for another one."
+
 class Place:
     "This process among those that train one model; alone unless torchrun or `fit_on` has started more."
     def __init__(self,
@@ -329,9 +332,9 @@ class World(Place):
 
     @contextlib.contextmanager
     def talking(self):
-        "Around what needs an answer from all: a process that is gone becomes a TrainingError."
+        "Around what needs an answer from all: a process that is gone becomes an error."
         try: yield
-        except RuntimeError as error: raise TrainingError(f"a process of this run ended without a word (killed, or out of memory?), as process {self.rank} of {self.size} notices; the last checkpoint is kept") from error
+        except RuntimeError as error: raise Lost(f"a process of this run ended without a word (killed, or out of memory?), as process {self.rank} of {self.size} notices; the last checkpoint is kept") from error
 
     def gather(self,
         mine: dict[str, Tensor], # rows first, all on one device; int64 before float32
@@ -759,21 +762,22 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) # no space on the disk, for the
 def attempt(
     f,
     folder: Path|None, # of the run
-    batch: int # labelled images per step
+    batch: int, # labelled images per step
+    accumulate: int = 1 # pieces that they are computed in
 ): # -> f()
     "`f()`; where memory, disk or an image file fails, an error that says what is kept and how to go on."
     try: return f()
     except (DataError, MemoryError, OSError, RuntimeError) as e:
-        if (instead := said_of(e, folder, batch)) is None: raise
+        if (instead := said_of(e, folder, batch, accumulate)) is None: raise
     raise instead
 
-def said_of(e: Exception, folder: Path|None, batch: int) -> Exception|None: # None: `e` says enough
+def said_of(e: Exception, folder: Path|None, batch: int, accumulate: int = 1) -> Exception|None: # None: `e` says enough
     "What to raise in place of an error that came from the machine."
     if isinstance(e, DataError): return None if folder is None else DataError(f"{e}; {kept(folder)} once the file is mended")
     if isinstance(e, OSError) and folder is not None and e.filename and Path(e.filename).parent == folder:
         why, cure = ("no space left", "there is room") if e.errno in FULL else (e.strerror.lower(), "it can be written")
         return TrainingError(f"{why} while writing {e.filename}; {kept(folder)} once {cure}")
-    if out_of_memory(e): return TrainingError(f"out of memory with batch={batch} ({str(e).splitlines()[0] or 'MemoryError'}): {smaller(batch)}; {kept(folder)}")
+    if out_of_memory(e): return TrainingError(f"out of memory with batch={batch} ({str(e).partition(chr(10))[0] or 'MemoryError'}): {smaller(batch, accumulate)}; {kept(folder)}")
     return None
 
 # %% ../nbs/05_training.ipynb #ecf477fb
@@ -782,10 +786,11 @@ def out_of_memory(e: Exception) -> bool:
     says = ("out of memory", "can't allocate memory", "not enough memory", "ALLOC_FAILED") # CUDA and MPS, Linux, Windows, cuBLAS
     return isinstance(e, (MemoryError, torch.OutOfMemoryError)) or isinstance(e, RuntimeError) and not isinstance(e, TrainingError) and any(s in str(e) for s in says)
 
-def smaller(batch: int) -> str:
+def smaller(batch: int, accumulate: int = 1) -> str:
     "What needs less memory."
-    if batch == 1: return "the batch cannot be halved; fewer prompts, smaller images or precision=\"bf16\" need less"
-    return f"accumulate=2 (--accumulate 2) takes it in two halves and gives the same update; batch={batch // 2} (--batch {batch // 2}) needs as little, and is another run"
+    k, less = 2 * accumulate, max(1, batch // (2 * accumulate))
+    if batch < k: return "the batch cannot be cut further; fewer prompts, smaller images or precision=\"bf16\" need less"
+    return f"accumulate={k} (--accumulate {k}) takes it in {k} pieces and gives the same update; batch={less} (--batch {less}) needs as little, and is another run"
 
 def kept(folder: Path|None) -> str:
     "Which checkpoint a run can go on from."
@@ -991,7 +996,7 @@ def fit(
     world.agree(settings, "settings")
     with folder_lock(folder) if folder is not None and world.first else contextlib.nullcontext():
         if folder is not None and world.first and (folder / "record.json").exists() and not overwrite: raise TrainingError(f"{folder} holds a finished run; name another folder, or remove it")
-        record = settings | attempt(lambda: train(model, dataset, views, algorithm, settings, schedule, device, folder, checkpoint_every, resume, progress, depth, compile, world, accumulate), folder, batch)
+        record = settings | attempt(lambda: train(model, dataset, views, algorithm, settings, schedule, device, folder, checkpoint_every, resume, progress, depth, compile, world, accumulate), folder, batch, accumulate)
         record |= environment(device) | {"compile": compile, "processes": world.size, "accumulate": accumulate, "checkpoint": getattr(encoder, "checkpoint", None), "command": command}
         run = Run(model.eval(), record, views.plain, device)
         if folder is not None and world.first:
