@@ -233,7 +233,7 @@ def step_images(
     if "weak" in algorithm.needs: out["x_w"] = views.weak(images, draws(views.weak, n, step, VIEW_WEAK))
     if "strong" in algorithm.needs: # one call for all strong views
         V = algorithm.n_strong
-        out["x_s"] = views.strong(images.repeat(V, 1, 1, 1), draws(views.strong, n, step, *range(VIEW_STRONG, VIEW_STRONG + V)))
+        out["x_s"] = views.strong(images.repeat(V, *[1] * (images.ndim - 1)), draws(views.strong, n, step, *range(VIEW_STRONG, VIEW_STRONG + V)))
     return out
 
 # %% ../nbs/05_training.ipynb #bcb18f2d
