@@ -1,0 +1,77 @@
+"""Kill a training run again and again, go on each time, and compare the end with that of a run that nobody killed.
+
+    python tests/kills.py --out figures/records/kills.json
+
+A few minutes on a CPU. The moments are drawn from --seed: a step, and milliseconds after its checkpoint. Every other kill waits for the next
+half-written file, so that it falls while a checkpoint is written. Exit code 1 where weights or record differ in anything but times and resumes.
+"""
+import argparse, hashlib, json, random, signal, subprocess, sys, tempfile, time
+from pathlib import Path
+
+from finessl.training import environment, newest, write_json
+from test_training import ENV, outcome, same_record
+
+TRAIN = "train --data digits --per-class 1 --steps {steps} --batch 4 --prompts 8 --evals 2 --checkpoint-every 1 --quiet --out run"
+
+
+def start(command, where): return subprocess.Popen([sys.executable, "-m", "finessl", *command.split()], cwd=where, env=ENV, stdin=subprocess.DEVNULL)
+
+
+def half_written(folder: Path): return sorted(f.name.split(".", 1)[1].rsplit(".", 2)[0] for f in folder.glob(".*.tmp"))
+
+
+def until(met, process, pause=.002):
+    "Wait until `met()`, or until the process ends."
+    while process.poll() is None and not met(): time.sleep(pause)
+
+
+def killed(process, folder: Path, step: int, milliseconds: float, aimed: bool) -> dict:
+    "SIGKILL a run soon after a step; what it left."
+    until(lambda: (c := newest(folder)) is not None and c["step"] >= step, process, .02)
+    time.sleep(milliseconds / 1e3)
+    if aimed: until(lambda: next(folder.glob(".*.tmp"), None), process, 0)
+    process.send_signal(signal.SIGKILL)
+    if process.wait() != -signal.SIGKILL: raise SystemExit(f"the run ended by itself before it was killed at step {step}: exit code {process.returncode}")
+    return {"after_step": step, "milliseconds": round(milliseconds, 3), "aimed": aimed, "half_written": half_written(folder)}
+
+
+def finished(command, where):
+    "Weights and record of a run that ends."
+    if code := start(command, where).wait(): raise SystemExit(f"exit code {code}: finessl {command}")
+    return outcome(where / "run")
+
+
+def same(a: dict, b: dict) -> bool:
+    try: same_record(a, b)
+    except AssertionError: return False
+    return True
+
+
+def experiment(kills: int, seed: int, steps: int) -> dict:
+    "The record."
+    chance, command, moments = random.Random(seed), TRAIN.format(steps=steps), []
+    with tempfile.TemporaryDirectory() as a, tempfile.TemporaryDirectory() as b:
+        for k, step in enumerate(sorted(chance.sample(range(1, steps - 5), kills))):
+            p = start(command + " --resume" * (k > 0), b)
+            moments.append(killed(p, Path(b, "run"), step, chance.uniform(0, 30), k % 2 == 1))
+            print(f"killed {k + 1}: {moments[-1]}", flush=True)
+        broken, whole = finished(f"{command} --resume", Path(b)), finished(command, Path(a))
+    resumes = [r["step"] for r in broken[1]["resumes"]]
+    sha256 = {name: hashlib.sha256(o[0]).hexdigest() for name, o in (("unbroken", whole), ("killed", broken))}
+    facts = environment("cpu") | {"threads": int(ENV["OMP_NUM_THREADS"])}
+    return {"command": f"finessl {command}", "steps": steps, "seed": seed, "kills": [m | {"resumed_from": r} for m, r in zip(moments, resumes)], "resumes": len(resumes),
+            "half_written": sum(bool(m["half_written"]) for m in moments), "sha256": sha256, "equal": sha256["unbroken"] == sha256["killed"],
+            "record_equal": same(broken[1], whole[1]), "accuracy": whole[1]["evaluations"][-1]["accuracy"]} | facts
+
+
+if __name__ == "__main__":
+    ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    ap.add_argument("--kills", type=int, default=20)
+    ap.add_argument("--seed", type=int, default=0)
+    ap.add_argument("--steps", type=int, default=200)
+    ap.add_argument("--out", type=Path, help="where the record goes")
+    args = ap.parse_args()
+    result = experiment(args.kills, args.seed, args.steps)
+    if args.out: write_json(args.out, result)
+    print(f"{args.kills} kills, {result['half_written']} while a file was written, {result['resumes']} resumes; weights equal: {result['equal']}, record equal: {result['record_equal']}")
+    sys.exit(0 if result["equal"] and result["record_equal"] else 1)
