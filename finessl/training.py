@@ -710,7 +710,10 @@ def intact(file: Path|bytes, device) -> dict|None: # file: or what it holds
 
 def newest(folder: Path, device="cpu") -> dict|None:
     "The newest checkpoint in a folder that can be read, whatever run it is of; None where there is none."
-    return next((c for p in (folder / CHECKPOINT, folder / f"previous-{CHECKPOINT}") if p.exists() and (c := intact(p, device))), None)
+    for path in (folder / CHECKPOINT, folder / f"previous-{CHECKPOINT}"):
+        with contextlib.suppress(FileNotFoundError):           # a run may rename it just now
+            if c := intact(path, device): return c
+    return None
 
 def read_checkpoint(folder: Path, settings: dict, device, world: World|None = None): # -> its content, or None where there is no checkpoint
     "The newest checkpoint that can be read; a torn one is passed over for the one before it, a foreign one refused."

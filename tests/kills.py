@@ -2,19 +2,31 @@
 
     python tests/kills.py --out figures/records/kills.json
 
-A few minutes on a CPU. The moments are drawn from --seed: a step, and milliseconds after its checkpoint. Every other kill waits for the next
-half-written file, so that it falls while a checkpoint is written. Exit code 1 where weights or record differ in anything but times and resumes.
+A minute or two on a CPU. The moments are drawn from --seed: a step, and milliseconds after its checkpoint. Every other kill waits for the next
+half-written file, so that it falls while a checkpoint is written. Every run is a process of its own, forked from one that has imported torch.
+Exit code 1 where weights or record differ in anything but times and resumes.
 """
-import argparse, hashlib, json, random, signal, subprocess, sys, tempfile, time
+import argparse, hashlib, multiprocessing, os, random, signal, sys, tempfile, time
 from pathlib import Path
 
+os.environ["OMP_NUM_THREADS"] = "1" # before torch: a process without threads can be forked
+
+from finessl import cli
 from finessl.training import environment, newest, write_json
-from test_training import ENV, outcome, same_record
+from test_training import outcome, same_record
 
 TRAIN = "train --data digits --per-class 1 --steps {steps} --batch 4 --prompts 8 --evals 2 --checkpoint-every 1 --quiet --out run"
 
 
-def start(command, where): return subprocess.Popen([sys.executable, "-m", "finessl", *command.split()], cwd=where, env=ENV, stdin=subprocess.DEVNULL)
+def command_line(command, where):
+    os.chdir(where)
+    sys.exit(cli.main(command.split()))
+
+
+def start(command, where):
+    p = multiprocessing.get_context("fork").Process(target=command_line, args=(command, where))
+    p.start()
+    return p
 
 
 def half_written(folder: Path): return sorted(f.name.split(".", 1)[1].rsplit(".", 2)[0] for f in folder.glob(".*.tmp"))
@@ -22,7 +34,7 @@ def half_written(folder: Path): return sorted(f.name.split(".", 1)[1].rsplit("."
 
 def until(met, process, pause=.002):
     "Wait until `met()`, or until the process ends."
-    while process.poll() is None and not met(): time.sleep(pause)
+    while process.exitcode is None and not met(): time.sleep(pause)
 
 
 def killed(process, folder: Path, step: int, milliseconds: float, aimed: bool) -> dict:
@@ -30,14 +42,17 @@ def killed(process, folder: Path, step: int, milliseconds: float, aimed: bool) -
     until(lambda: (c := newest(folder)) is not None and c["step"] >= step, process, .02)
     time.sleep(milliseconds / 1e3)
     if aimed: until(lambda: next(folder.glob(".*.tmp"), None), process, 0)
-    process.send_signal(signal.SIGKILL)
-    if process.wait() != -signal.SIGKILL: raise SystemExit(f"the run ended by itself before it was killed at step {step}: exit code {process.returncode}")
+    process.kill()
+    process.join()
+    if process.exitcode != -signal.SIGKILL: raise SystemExit(f"the run ended by itself before it was killed at step {step}: exit code {process.exitcode}")
     return {"after_step": step, "milliseconds": round(milliseconds, 3), "aimed": aimed, "half_written": half_written(folder)}
 
 
 def finished(command, where):
     "Weights and record of a run that ends."
-    if code := start(command, where).wait(): raise SystemExit(f"exit code {code}: finessl {command}")
+    p = start(command, where)
+    p.join()
+    if p.exitcode: raise SystemExit(f"exit code {p.exitcode}: finessl {command}")
     return outcome(where / "run")
 
 
@@ -50,6 +65,7 @@ def same(a: dict, b: dict) -> bool:
 def experiment(kills: int, seed: int, steps: int) -> dict:
     "The record."
     chance, command, moments = random.Random(seed), TRAIN.format(steps=steps), []
+    with tempfile.TemporaryDirectory() as d: cli.main(TRAIN.format(steps=1).replace("--out run", f"--out {d}/run").split()) # imports what a run imports late
     with tempfile.TemporaryDirectory() as a, tempfile.TemporaryDirectory() as b:
         for k, step in enumerate(sorted(chance.sample(range(1, steps - 5), kills))):
             p = start(command + " --resume" * (k > 0), b)
@@ -58,10 +74,9 @@ def experiment(kills: int, seed: int, steps: int) -> dict:
         broken, whole = finished(f"{command} --resume", Path(b)), finished(command, Path(a))
     resumes = [r["step"] for r in broken[1]["resumes"]]
     sha256 = {name: hashlib.sha256(o[0]).hexdigest() for name, o in (("unbroken", whole), ("killed", broken))}
-    facts = environment("cpu") | {"threads": int(ENV["OMP_NUM_THREADS"])}
     return {"command": f"finessl {command}", "steps": steps, "seed": seed, "kills": [m | {"resumed_from": r} for m, r in zip(moments, resumes)], "resumes": len(resumes),
             "half_written": sum(bool(m["half_written"]) for m in moments), "sha256": sha256, "equal": sha256["unbroken"] == sha256["killed"],
-            "record_equal": same(broken[1], whole[1]), "accuracy": whole[1]["evaluations"][-1]["accuracy"]} | facts
+            "record_equal": same(broken[1], whole[1]), "accuracy": whole[1]["evaluations"][-1]["accuracy"]} | environment("cpu")
 
 
 if __name__ == "__main__":
