@@ -11,7 +11,7 @@ __all__ = ['EPOCHS', 'short', 'paper', 'LABELLED', 'UNLABELLED', 'VIEW_LB', 'VIE
            'write_json', 'read_records', 'environment', 'folder_lock', 'lock', 'Interrupt', 'Run', 'trained_state',
            'fingerprint', 'default_prompts', 'build_model', 'default_device', 'start_from_tokens', 'load_run', 'Meter',
            'save_checkpoint', 'surroundings', 'differences', 'intact', 'newest', 'read_checkpoint', 'restore',
-           'take_up', 'empty_log', 'attempt', 'said_of', 'out_of_memory', 'smaller', 'kept', 'describe', 'split_of',
+           'take_up', 'empty_log', 'attempt', 'said_of', 'out_of_memory', 'smaller', 'way_on', 'describe', 'split_of',
            'settings_of', 'refuse_bad', 'optimizer_of', 'evaluate', 'readable', 'leave_out', 'same_files', 'unreadable',
            'whole_step', 'backward_in_parts', 'train_step', 'compiled', 'depth_for', 'fit', 'train', 'Stopwatch',
            'postfix', 'finish']
@@ -776,11 +776,11 @@ def attempt(
 
 def said_of(e: Exception, folder: Path|None, batch: int, accumulate: int = 1) -> Exception|None: # None: `e` says enough
     "What to raise in place of an error that came from the machine."
-    if isinstance(e, DataError): return None if folder is None else DataError(f"{e}; {kept(folder)} once the file is mended")
+    if isinstance(e, DataError): return None if folder is None else DataError(f"{e}; {way_on(folder)} once the file is mended")
     if isinstance(e, OSError) and folder is not None and e.filename and Path(e.filename).parent == folder:
         why, cure = ("no space left", "there is room") if e.errno in FULL else (e.strerror.lower(), "it can be written")
-        return TrainingError(f"{why} while writing {e.filename}; {kept(folder)} once {cure}")
-    if out_of_memory(e): return TrainingError(f"out of memory with batch={batch} ({str(e).partition(chr(10))[0] or 'MemoryError'}): {smaller(batch, accumulate)}; {kept(folder)}")
+        return TrainingError(f"{why} while writing {e.filename}; {way_on(folder)} once {cure}")
+    if out_of_memory(e): return TrainingError(f"out of memory with batch={batch} ({str(e).partition(chr(10))[0] or 'MemoryError'}): {smaller(batch, accumulate)}; {way_on(folder)}")
     return None
 
 # %% ../nbs/05_training.ipynb #ecf477fb
@@ -795,7 +795,7 @@ def smaller(batch: int, accumulate: int = 1) -> str:
     if batch < k: return "the batch cannot be cut further; fewer prompts, smaller images or precision=\"bf16\" need less"
     return f"accumulate={k} (--accumulate {k}) takes it in {k} pieces and gives the same update; batch={less} (--batch {less}) needs as little, and is another run"
 
-def kept(folder: Path|None) -> str:
+def way_on(folder: Path|None) -> str:
     "Which checkpoint a run can go on from."
     if folder is None or (c := newest(folder)) is None: return "no checkpoint was written yet: start again"
     return f"the checkpoint of step {c['step']} is kept: go on with resume=True (--resume)"

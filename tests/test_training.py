@@ -15,6 +15,9 @@ ENV = os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
 COMMAND = ["train", "--data", "digits", "--per-class", "1", "--steps", "150", "--batch", "4", "--prompts", "1", "--evals", "3", "--checkpoint-every", "3", "--out", "run"]
 
 
+posix = pytest.mark.skipif(os.name == "nt", reason="signals as POSIX has them")
+
+
 def start(cwd, *more):
     return subprocess.Popen([sys.executable, "-m", "finessl", *COMMAND, *more], cwd=cwd, env=ENV, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
@@ -48,6 +51,7 @@ def unbroken(tmp_path_factory):
     return outcome(where / "run")
 
 
+@posix
 def test_stopped_once_and_killed_three_times_ends_as_an_unbroken_run(tmp_path, unbroken):
     chance, young = random.Random(), 0
     for k, s in enumerate((signal.SIGINT, signal.SIGKILL, signal.SIGKILL, signal.SIGKILL)):
@@ -71,6 +75,7 @@ def test_stopped_once_and_killed_three_times_ends_as_an_unbroken_run(tmp_path, u
     assert {f.name for f in (tmp_path / "run").iterdir()} == {"model.safetensors", "record.json"}
 
 
+@posix
 def test_a_second_run_into_a_folder_is_refused_while_the_first_lives(tmp_path):
     p = start(tmp_path)
     try:
