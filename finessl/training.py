@@ -11,13 +11,13 @@ __all__ = ['EPOCHS', 'short', 'paper', 'LABELLED', 'UNLABELLED', 'VIEW_LB', 'VIE
            'write_json', 'read_records', 'environment', 'folder_lock', 'lock', 'Interrupt', 'Run', 'trained_state',
            'fingerprint', 'default_prompts', 'build_model', 'default_device', 'start_from_tokens', 'load_run', 'Meter',
            'save_checkpoint', 'surroundings', 'differences', 'intact', 'newest', 'read_checkpoint', 'restore',
-           'take_up', 'empty_log', 'attempt', 'said_of', 'out_of_memory', 'smaller', 'way_on', 'describe', 'split_of',
+           'take_up', 'empty_log', 'attempt', 'said_of', 'out_of_memory', 'less_than', 'way_on', 'describe', 'split_of',
            'settings_of', 'refuse_bad', 'optimizer_of', 'evaluate', 'readable', 'leave_out', 'same_files', 'unreadable',
            'whole_step', 'backward_in_parts', 'train_step', 'compiled', 'depth_for', 'fit', 'train', 'Stopwatch',
            'postfix', 'finish']
 
 # %% ../nbs/05_training.ipynb #f869d55e
-import atexit, contextlib, dataclasses, datetime, errno, functools, hashlib, io, json, math, os, platform, signal, subprocess, sys, threading, time
+import atexit, contextlib, dataclasses, datetime, errno, functools, hashlib, io, json, math, os, platform, signal, subprocess, sys, threading, time, traceback
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -780,7 +780,7 @@ def said_of(e: Exception, folder: Path|None, batch: int, accumulate: int = 1) ->
     if isinstance(e, OSError) and folder is not None and e.filename and Path(e.filename).parent == folder:
         why, cure = ("no space left", "there is room") if e.errno in FULL else (e.strerror.lower(), "it can be written")
         return TrainingError(f"{why} while writing {e.filename}; {way_on(folder)} once {cure}")
-    if out_of_memory(e): return TrainingError(f"out of memory with batch={batch} ({str(e).partition(chr(10))[0] or 'MemoryError'}): {smaller(batch, accumulate)}; {way_on(folder)}")
+    if out_of_memory(e): return TrainingError(f"out of memory with batch={batch} ({str(e).partition(chr(10))[0] or 'MemoryError'}): {less_than(e, batch, accumulate)}; {way_on(folder)}")
     return None
 
 # %% ../nbs/05_training.ipynb #ecf477fb
@@ -789,8 +789,9 @@ def out_of_memory(e: Exception) -> bool:
     says = ("out of memory", "can't allocate memory", "not enough memory", "ALLOC_FAILED") # CUDA and MPS, Linux, Windows, cuBLAS
     return isinstance(e, (MemoryError, torch.OutOfMemoryError)) or isinstance(e, RuntimeError) and not isinstance(e, TrainingError) and any(s in str(e) for s in says)
 
-def smaller(batch: int, accumulate: int = 1) -> str:
-    "What needs less memory."
+def less_than(e: Exception, batch: int, accumulate: int = 1) -> str:
+    "What needs less memory than what failed."
+    if any(frame.name == "logits_of" for frame in traceback.extract_tb(e.__traceback__)): return "evaluations look at 256 images at once, whatever the batch; precision=\"bf16\" or smaller images need less"
     k, less = 2 * accumulate, max(1, batch // (2 * accumulate))
     if batch < k: return "the batch cannot be cut further; fewer prompts, smaller images or precision=\"bf16\" need less"
     return f"accumulate={k} (--accumulate {k}) takes it in {k} pieces and gives the same update; batch={less} (--batch {less}) needs as little, and is another run"

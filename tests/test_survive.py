@@ -285,6 +285,12 @@ def test_every_device_says_it_in_its_own_words(tmp_path, error, monkeypatch):
     assert e.value.__context__ is None                          # holds no tensor of the failed step
 
 
+def test_no_memory_in_an_evaluation(tmp_path):
+    def fail(x): raise MemoryError
+    views = training.default_views(few(), training.load_backbone("pocket"))._replace(plain=fail)
+    with pytest.raises(TrainingError, match="out of memory .*256 images at once.*the checkpoint of step 8 is kept"): go(tmp_path / "run", evals=1, views=views)
+
+
 def test_other_errors_stay_what_they_are(tmp_path, monkeypatch):
     for error in (RuntimeError("shapes do not fit"), OSError("no power"), KeyError("z")):
         def fail(*args): raise error
