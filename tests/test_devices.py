@@ -1,0 +1,221 @@
+"""Several processes, and a batch in pieces: the same training, and the same end for all."""
+import json, os, re, signal, subprocess, sys, threading, time
+from pathlib import Path
+
+import pytest
+import torch
+
+from finessl import cli
+from finessl.algorithms import FineSSL
+from finessl.backbone import load_backbone
+from finessl.data import DataError, UnreadableError, digits
+from finessl.devices import fit_on, launch, main, pickled, reason, scaling_table
+from finessl.training import FixMatch, LabelledOnly, Lost, Schedule, Stopped, TrainingError, fit, trained_state
+
+root = Path(__file__).resolve().parent.parent
+ENV = os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+CLOSE = 1e-5
+
+
+def few():
+    "Ten labelled digits, two hundred in the pool, twenty for the test."
+    ds = digits(1, 0)
+    return ds._replace(x_ulb=ds.x_ulb[:200], y_ulb=ds.y_ulb[:200], x_test=ds.x_test[:20], y_test=ds.y_test[:20], split=ds.split._replace(idx_lb=torch.zeros(0, dtype=torch.int64)))
+
+
+class Watched(FineSSL):
+    "FineSSL that notes the pace counts and which images pass; to stop itself once, see `told`."
+    def __call__(self, step, state):
+        loss, metrics = super().__call__(step, state)
+        self.noted.append((loss.item(), state["pace"].counts.tolist(), metrics["mask"].float().mean().item()))
+        if len(self.noted) == self.stop_after and os.environ.get("RANK", "0") == self.stop_in: signal.raise_signal(signal.SIGINT)
+        return loss, metrics
+Watched.__name__ = "FineSSL" # in records and checkpoints
+
+
+def watched(stop_after=0, stop_in="0"):
+    algorithm = Watched()
+    for k, v in dict(noted=[], stop_after=stop_after, stop_in=stop_in).items(): object.__setattr__(algorithm, k, v)
+    return algorithm
+
+
+def run(algorithm, **changes):
+    settings = dict(n_prompts=2, schedule=Schedule(20, clear_every=15), batch=9, mu=2, evals=4, progress=False, device="cpu") | changes
+    return fit(few(), load_backbone("pocket"), algorithm, **settings)
+
+
+def outcome(r): return r.record, {k: v.detach().clone() for k, v in trained_state(r.model).items()}
+
+
+PLAIN = {"FixMatch": (FixMatch(tau=.5), {}), "labelled-only": (LabelledOnly(), {}), "dropped, two unlabelled each": (FineSSL(detach_aux=False), dict(labelled="release", mu=1))}
+
+
+def in_each(folder):
+    "What each of two processes does: whole, stopped and resumed, in pieces, with other algorithms."
+    out, algorithm = {}, watched()
+    out["whole"] = (*outcome(run(algorithm, out=folder / "whole")), algorithm.noted)
+    try: run(watched(10, "1"), out=folder / "stopped")         # Ctrl-C reaches the second process only
+    except KeyboardInterrupt as e: out["stopped"] = str(e)
+    out["resumed"] = outcome(run(watched(), out=folder / "stopped", resume=True))
+    out["pieces"] = outcome(run(FineSSL(), accumulate=3))
+    out |= {name: outcome(run(algorithm, **changes)) for name, (algorithm, changes) in PLAIN.items()}
+    try: run(watched(10, "0"), out=folder / "left")
+    except KeyboardInterrupt: pass
+    return out
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    "What two processes did, and their folder."
+    folder = tmp_path_factory.mktemp("two")
+    return launch(2, in_each, folder, threads=1), folder
+
+
+def same(a, b):
+    "Assert that two outcomes are equal to float rounding: losses, weights, and what is counted."
+    for x, y in zip(a[0]["evaluations"], b[0]["evaluations"], strict=True):
+        assert abs(x["loss"] / y["loss"] - 1) < CLOSE and x["util"] == y["util"] and x.get("pool_pl_counts") == y.get("pool_pl_counts"), (x, y)
+    for k, v in a[1].items(): assert (v - b[1][k]).abs().max() < CLOSE, k
+    assert a[0]["confusion"] == b[0]["confusion"]
+
+
+def test_two_processes_train_as_one(two):
+    algorithm = watched()
+    one = outcome(run(algorithm))
+    losses, counts, util = zip(*algorithm.noted)
+    assert len(set(counts[4])) > 2 and all(.2 < u < .8 for u in util[4:6]), (counts[4], util)      # what is compared is at work
+    assert max(counts[14]) > sum(counts[15])                                                        # the pace table was cleared
+    record, state, noted = two[0]["whole"]
+    same(one, (record, state))
+    for (loss, count, share), mine, theirs, u in zip(noted, losses, counts, util): assert abs(loss / mine - 1) < CLOSE and count == theirs and share == u
+    assert (record["processes"], record["accumulate"]) == (2, 1)
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_any_algorithm_in_parts(two, name):
+    "By two processes, and by one in pieces that do not divide the batch."
+    algorithm, changes = PLAIN[name]
+    one = outcome(run(algorithm, **changes))
+    same(two[0][name], one)
+    same(outcome(run(algorithm, accumulate=4, **changes)), one)
+
+
+def test_stopped_in_one_process_and_gone_on_with(two):
+    out, folder = two
+    assert re.fullmatch(r"stopped after step 11 of 20, checkpoint written", out["stopped"])
+    whole, resumed = ((folder / name / "model.safetensors").read_bytes() for name in ("whole", "stopped"))
+    assert whole == resumed and out["resumed"][0]["evaluations"] == out["whole"][0]["evaluations"]  # to the bit, with as many processes
+    assert out["resumed"][0]["resumes"] == [{"step": 11, "passed_over": [], "changed": []}]
+
+
+def test_gone_on_with_by_another_number_of_processes(two, capsys):
+    out, folder = two
+    alone = outcome(run(watched(), out=folder / "left", resume=True, accumulate=2))
+    same(alone, out["whole"])
+    changed = alone[0]["resumes"][0]["changed"]
+    assert "processes: 2 there, 1 here" in changed and "accumulate: 1 there, 2 here" in changed
+    assert "processes: 2 there, 1 here" in capsys.readouterr().err
+
+
+def test_pieces_give_the_same_update(two):
+    pieces = outcome(run(FineSSL(), accumulate=4))             # of 2, 2, 2 and 3 labelled images
+    same(pieces, two[0]["whole"][:2])
+    assert pieces[0]["accumulate"] == 4
+    same(two[0]["pieces"], two[0]["whole"][:2])                # and in each of two processes
+
+
+def test_pieces_in_half_precision():
+    a, b = (run(FineSSL(), schedule=Schedule(1), evals=1, precision="bf16", accumulate=k).record["evaluations"][0]["loss"] for k in (1, 4))
+    assert abs(a / b - 1) < 1e-2
+
+
+def test_pieces_take_less_memory():
+    "The tensors that a step keeps for its way back: with 4 pieces less than half."
+    def kept(accumulate):
+        seen, most = {}, [0]
+        def pack(t):
+            seen[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+            most[0] = max(most[0], sum(seen.values()))
+            return t
+        def clear(self, step, state):
+            loss, metrics = FineSSL.__call__(self, step, state)
+            if accumulate > 1: seen.clear()
+            return loss, metrics
+        kind = type("FineSSL", (FineSSL,), {"__call__": clear})
+        real = torch.autograd.backward
+        def backward(*args, **kwargs):
+            real(*args, **kwargs)
+            seen.clear()
+        torch.autograd.backward = backward
+        try:
+            with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t): run(kind(), schedule=Schedule(1), evals=1, batch=16, accumulate=accumulate)
+        finally: torch.autograd.backward = real
+        return most[0]
+    assert kept(4) < .5 * kept(1)
+
+
+# ---------------------------------------------------------------- what ends one ends all
+
+class Dies(FineSSL):
+    "The second process is killed in its third step."
+    def __call__(self, step, state):
+        state["n"] = state.get("n", 0) + 1
+        if state["n"] == 3 and os.environ["RANK"] == "1": os.kill(os.getpid(), signal.SIGKILL)
+        return super().__call__(step, state)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGKILL")
+def test_one_that_is_killed_ends_all(capfd):
+    begin = time.time()
+    with pytest.raises(TrainingError, match="process 1 of 2 was killed"): fit_on(2, few(), load_backbone("pocket"), Dies(), n_prompts=2, batch=4, schedule=Schedule(1000), device="cpu", progress=False)
+    assert time.time() - begin < 60 and capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("error, kind", [(DataError("no image"), DataError), (UnreadableError("a.jpg", "cannot read a.jpg"), DataError), (TrainingError("full"), TrainingError), (KeyboardInterrupt("stopped"), KeyboardInterrupt)])
+def test_what_failed_says_so_and_not_who_ended_with_it(tmp_path, error, kind):
+    for rank, e in enumerate([Stopped("process 0 ended because process 2 failed"), Lost("gone"), error]): (tmp_path / f"error-{rank}").write_bytes(pickled(e, "where"))
+    got = reason(tmp_path, [1, 1, 1])
+    assert isinstance(got, kind) and str(got) == str(error) and got.__notes__ == ["where"]
+    (tmp_path / "error-2").unlink()
+    assert "process 2 of 3 was killed" in str(reason(tmp_path, [1, 1, -9])) and reason(tmp_path / "none", [0, 0]) is None
+
+
+def test_torchrun_and_one_message(tmp_path):
+    p = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "finessl", "train", "--data", "digits", "--per-class", "1", "--steps", "12", "--batch", "5", "--prompts", "1",
+                        "--evals", "1", "--lr", "1e30", "--checkpoint-every", "1", "--device", "cpu", "--out", "run"], cwd=tmp_path, env=ENV, text=True, capture_output=True, timeout=120)
+    said = [line for line in p.stderr.splitlines() if line.startswith("finessl: ")]
+    assert len(said) == 1 and "the loss is not finite at step 1" in said[0], p.stderr
+    assert p.returncode == 1 and p.stdout.count("10 labelled images") == 1
+    assert (tmp_path / "run/checkpoint.pt").exists() and not (tmp_path / "run/record.json").exists()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows passes Ctrl-C to all by itself")
+def test_ctrl_c_on_the_command_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    def press():
+        end = time.time() + 90
+        while not (tmp_path / "run/checkpoint.pt").exists() and time.time() < end: time.sleep(.01)
+        os.kill(os.getpid(), signal.SIGINT)
+    threading.Thread(target=press, daemon=True).start()
+    code = cli.main(["train", "--data", "digits", "--per-class", "1", "--steps", "5000", "--batch", "4", "--prompts", "1", "--checkpoint-every", "3", "--device", "cpu", "--processes", "2", "--out", "run"])
+    err = capsys.readouterr().err
+    assert code == 130 and re.fullmatch(r"finessl: stopped after step \d+ of 5000, checkpoint written; go on with: finessl train .* --processes 2 .* --resume\n", err), (code, err)
+
+
+# ---------------------------------------------------------------- refusals
+
+@pytest.mark.parametrize("processes, changes, says", [(0, {}, "processes must be >= 1"), (2, dict(batch=3, accumulate=2), "batch must be >= processes x accumulate"), (2, dict(device="mps"), "serves one process"),
+                                                      (2, dict(accumulate=0), "accumulate must be >= 1"), (2, dict(device="cuda:0"), "is one GPU")])
+def test_what_cannot_be_is_refused_before_anything_starts(processes, changes, says):
+    with pytest.raises(ValueError, match=says): fit_on(processes, few(), load_backbone("pocket"), FineSSL(), **dict(batch=4) | changes)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() > 1, reason="several GPUs are here")
+def test_a_gpu_each():
+    with pytest.raises(ValueError, match="2 processes need 2 GPUs"): fit_on(2, few(), load_backbone("pocket"), FineSSL(), device="cuda")
+
+
+def test_scaling_record(tmp_path):
+    assert main(["--out", str(tmp_path / "s.json"), "--backbone", "timm:test_vit", "--image-size", "32", "--batch", "4", "--processes", "1", "--steps", "1", "--prompts", "1"]) == 0
+    record = json.loads((tmp_path / "s.json").read_text())
+    assert record["decode"]["ms"] > 0 and [r["processes"] for r in scaling_table(record)] == [1] and record["command"].startswith("python -m finessl.devices --out")
