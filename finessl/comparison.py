@@ -4,25 +4,21 @@
 
 # %% auto #0
 __all__ = ['SCHEDULE', 'BATCH', 'PROMPTS', 'EVALS', 'ROWS', 'MAIN', 'OPEN_SET', 'DIFFERENCES', 'REFERENCES', 'TRIALS', 'GAMMAS',
-           'MAP_LRS', 'STUDIES', 'PHOTO_ROWS', 'PHOTOS', 'jobs_of', 'run_job', 'run_study', 'run_references', 'chosen',
-           'photo_split', 'run_photos', 'main', 'results', 'wide', 'mean_sd', 'differences', 'Markdown',
-           'markdown_table', 'main_results', 'headline', 'plot_digits']
+           'MAP_LRS', 'STUDIES', 'jobs_of', 'run_job', 'run_study', 'run_references', 'chosen', 'main', 'results',
+           'wide', 'mean_sd', 'differences', 'Markdown', 'markdown_table', 'main_results', 'headline', 'plot_digits']
 
 # %% ../nbs/13_comparison.ipynb #2743d662
 import argparse, json, math, multiprocessing, os, sys, time
-from dataclasses import replace
 from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
-import torch.nn.functional as F
 from .algorithms import FineSSL
 from .backbone import load_backbone
-from .data import Dataset, digits, holdout, image_folder, split_labels
-from .views import View
+from .data import digits, holdout
 from .lab import COLOURS, Lab, last_quarter, linear_probe, paired, raw_probe, zero_shot
-from .training import FixMatch, LabelledOnly, Schedule, environment, fit, read_records, short
+from .training import FixMatch, LabelledOnly, Schedule, fit, read_records, short
 
 # %% ../nbs/13_comparison.ipynb #a5afb437
 SCHEDULE, BATCH, PROMPTS, EVALS = short, 16, 4, 5 # 16 labelled, 16 unlabelled images a step (the release: 8, 16, 32 on CIFAR-10); 4 prompts for 17 tokens (the paper: 50 for 197)
@@ -39,7 +35,7 @@ ROWS = {
     "margins permuted": FineSSL(margins="permuted"),
 }
 
-MAIN = ("labelled-only", "FixMatch", "FineSSL", "FineSSL (paper)") # these rows on ten more splits, because their differences are small
+MAIN = ("labelled-only", "FixMatch", "FineSSL", "FineSSL (paper)") # the rows of the picture
 
 OPEN_SET = ("labelled-only", "FixMatch", "FineSSL", "FineSSL (paper)", "− margin", "− smoothing", "− reweighting")
 
@@ -143,62 +139,14 @@ def chosen(records: Path) -> dict: # method -> number of its trial
     return {m: max(range(len(t)), key=lambda i: means[f"{m} #{i}"]) for m, t in TRIALS.items()}
 
 # %% ../nbs/13_comparison.ipynb #1ba90c3f
-PHOTO_ROWS = {"labelled-only": LabelledOnly(), "FixMatch": FixMatch(n_strong=2), "FineSSL": FineSSL(), "FineSSL γ=1": FineSSL(gamma=1.)}
-PHOTOS = dict(image_size=160, n_prompts=10, schedule=Schedule(100), batch=16, evals=2) # the paper: 224 px, 50 prompts, 15,000 steps of 32
-
-def photo_split(
-    data, # folder of CIFAR-10 as images: train/<class>/*, test/<class>/*
-    n_per_class: int, seed: int,
-    pool: int = 300, # unlabelled images per class
-    test: int = 100 # test images per class
-) -> Dataset:
-    "A part of a folder that a CPU can handle; the labelled images lie in the pool, as in the paper."
-    ds = image_folder(data, n_per_class, seed)
-    keep, shown = split_labels(ds.y_ulb, pool, seed), split_labels(ds.y_test, test, seed)
-    place = {int(i): k for k, i in enumerate(keep)}
-    idx_lb = torch.tensor([place[int(i)] for i in ds.split.idx_lb])  # a smaller N lies inside a larger one at the same seed
-    return ds._replace(x_ulb=ds.x_ulb[keep], y_ulb=ds.y_ulb[keep], x_test=ds.x_test[shown], y_test=ds.y_test[shown], split=ds.split._replace(idx_lb=idx_lb))
-
-def run_photos(
-    data, checkpoint, # folder of CIFAR-10 images, weights of timm's vit_tiny_patch16_224
-    records: Path, n_per_class: int = 4, seed: int = 0, precision: str = "float32"
-):
-    "A reduced run on real photographs: prompts in an ImageNet ViT-Ti, with a linear probe and 20-NN on the same split."
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.neighbors import KNeighborsClassifier
-    path, job = Path(records) / "photos.jsonl", {"study": "photos", "n_per_class": n_per_class, "known": None, "dev": False}
-    done = {(r["row"], r["n_per_class"], r["seed"]) for r in read_records(path)}
-    encoder, dataset = load_backbone("timm:vit_tiny_patch16_224", checkpoint, PHOTOS["image_size"]), photo_split(data, n_per_class, seed)
-    command = "python -m finessl.comparison photos --data CIFAR10 --checkpoint vit_tiny_patch16_224.safetensors"
-    def keep(row, record):
-        line = job | {"row": row} | record | {"seed": seed, "checkpoint": Path(checkpoint).name, "command": command}
-        with open(path, "a", encoding="utf-8") as f: f.write(json.dumps(line, ensure_ascii=False) + "\n")
-    with torch.no_grad():
-        plain = View(encoder.image_size, encoder.mean, encoder.std)
-        feat = {part: F.normalize(torch.cat([encoder(plain(c)) for c in getattr(dataset, part).split(100)]), dim=1).numpy() for part in ("x_lb", "x_test")}
-    base = {"backbone": encoder.name, "backbone_hash": encoder.hash, "image_size": encoder.image_size, "seconds": 0.} | environment("cpu")
-    for row, model in {"linear probe": LogisticRegression(C=10, max_iter=2000), "20-NN": KNeighborsClassifier(20, metric="cosine")}.items():
-        score = model.fit(feat["x_lb"], dataset.y_lb).score(feat["x_test"], dataset.y_test)
-        if (row, n_per_class, seed) not in done: keep(row, base | {"evaluations": [{"step": 0, "accuracy": float(score)}]})
-    for row, algorithm in PHOTO_ROWS.items():
-        if (row, n_per_class, seed) in done: continue
-        print(f"photos: {row}", file=sys.stderr, flush=True)
-        keep(row, fit(dataset, encoder, algorithm, seed=seed, precision=precision, progress=False, **{k: v for k, v in PHOTOS.items() if k != "image_size"}).record)
-
-# %% ../nbs/13_comparison.ipynb #d3a39947
 def main(argv=None):
     "Run studies from the command line: `python -m finessl.comparison STUDY … --records FOLDER`."
     ap = argparse.ArgumentParser(prog="python -m finessl.comparison", description="Run the studies of the comparison notebook and record every run.")
-    ap.add_argument("studies", nargs="*", help=f"of {', '.join(STUDIES)}, and photos; none named: all but photos")
+    ap.add_argument("studies", nargs="*", help=f"of {', '.join(STUDIES)}; none named: all")
     ap.add_argument("--records", type=Path, default=Path("figures/records"), help="folder of the records (%(default)s)")
-    ap.add_argument("--data", help="for photos: folder of CIFAR-10 as images, train/<class>/* and test/<class>/*")
-    ap.add_argument("--checkpoint", help="for photos: weights file of timm's vit_tiny_patch16_224")
     ap.add_argument("--workers", type=int, default=os.cpu_count(), help="processes of one thread each (%(default)s)")
     args = ap.parse_args(argv)
-    for study in args.studies or STUDIES:
-        if study != "photos": run_study(study, args.records, args.workers)
-        elif args.data and args.checkpoint: run_photos(args.data, args.checkpoint, args.records)
-        else: ap.error("photos needs --data and --checkpoint")
+    for study in args.studies or STUDIES: run_study(study, args.records, args.workers)
 
 # %% ../nbs/13_comparison.ipynb #fd4f6a86
 #| eval: false
