@@ -5,23 +5,26 @@
 # %% auto #0
 __all__ = ['SIZE', 'PROMPTS', 'BATCH', 'SCHEDULE', 'EVALS', 'PRECISION', 'SEEDS', 'LABELS', 'STARTS', 'SUSPECTS', 'methods',
            'photo_split', 'features_of', 'neighbours', 'probe', 'Rising', 'CentredHead', 'change_heads', 'jobs_of',
-           'look', 'run_photo', 'with_heads', 'encoder_of', 'split_held', 'work', 'run_photos', 'main']
+           'look', 'run_photo', 'with_heads', 'encoder_of', 'split_held', 'work', 'run_photos', 'main', 'photo_results',
+           'stored_judgement', 'plot_photos']
 
 # %% ../nbs/15_photos.ipynb #c1818ff8
 import argparse, functools, json, multiprocessing, os, sys, time
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
+import numpy as np
+import pandas as pd
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from .data import Dataset, image_folder, split_labels
 from .views import View, default_views
 from .backbone import load_backbone
-from .peft import CosineHead, NoPEFT, token_prompts
+from .peft import CosineHead
 from .training import FixMatch, LabelledOnly, Run, Schedule, build_model, environment, fit, logits_of, read_records, settings_of, start_from_tokens, train
-from .lab import Paired, colour, paired
-from .bias import diagnose, judge
+from .lab import colour
+from .bias import Judged, diagnose, judge
 from .algorithms import FineSSL
 
 # %% ../nbs/15_photos.ipynb #0c7ab31c
@@ -94,6 +97,7 @@ SUSPECTS = { # what is changed, beside FineSSL with γ = 3 and random prompts
     "heads at class means": dict(head="means"),
     "no prompts": dict(peft="linear"),
     "tokens, γ = 1": dict(algorithm=FineSSL(gamma=1.), prompt_init="tokens"),
+    "tokens, heads at class means": dict(head="means", prompt_init="tokens"), # added when the others had been seen
 }
 
 @torch.no_grad()
@@ -147,8 +151,9 @@ def run_photo(job: dict, dataset: Dataset, encoder) -> dict: # the record
 def with_heads(job: dict, dataset: Dataset, encoder, common: dict) -> Run:
     "What `fit` does, with other heads."
     views, seed = default_views(dataset, encoder), job["seed"]
-    settings = settings_of(dataset, encoder, job["algorithm"], views, SCHEDULE, **common, mu=1, momentum=.9, weight_decay=5e-4, seed=seed, init_seed=seed, labelled="all", prompt_init="random", head=job["head"])
+    settings = settings_of(dataset, encoder, job["algorithm"], views, SCHEDULE, **common, mu=1, momentum=.9, weight_decay=5e-4, seed=seed, init_seed=seed, labelled="all", prompt_init=job["start"], head=job["head"])
     model = build_model(encoder, len(dataset.classes), common["peft"], PROMPTS, seed)
+    if job["start"] == "tokens": start_from_tokens(model, dataset, views.plain, seed, "cpu")
     change_heads(model, job["head"], dataset, views.plain)
     record = settings | train(model, dataset, views, job["algorithm"], settings, SCHEDULE, torch.device("cpu"), progress=False) | environment("cpu")
     return Run(model.eval(), record, views.plain, "cpu")
@@ -194,3 +199,39 @@ def main(argv=None):
 # %% ../nbs/15_photos.ipynb #83f06b8c
 #| eval: false
 if __name__ == "__main__": main()
+
+# %% ../nbs/15_photos.ipynb #b3f7bc61
+def photo_results(
+    records: Path = Path("../figures/records") # folder
+) -> pd.DataFrame: # one row a run: row, start, N, seed; accuracy, pool and share (the largest class's part of the pool) in per cent
+    "The last evaluation of every run of the study, and the encoder's references."
+    out = []
+    for r in read_records(Path(records) / "photos.jsonl"):
+        key = {"start": r["start"], "N": r["n_per_class"], "seed": r["seed"]}
+        if r["row"] == "encoder": out += [key | {"row": name, "start": start, "accuracy": 100 * value[name]} for start, value in r["look"].items() for name in ("probe", "20-NN")]
+        else:
+            last = r["evaluations"][-1]
+            out.append(key | {"row": r["row"], "accuracy": 100 * last["accuracy"], "pool": 100 * last["pool_accuracy"], "share": 100 * max(last["pool_pl_counts"]) / sum(last["pool_pl_counts"])})
+    return pd.DataFrame(out)
+
+def stored_judgement(record: dict) -> Judged:
+    "Confidence and right or wrong of a recorded run's pool (pseudo-labels themselves are not stored: -1)."
+    conf, right = torch.tensor(record["pool"]["confidence"]), torch.tensor([c == "1" for c in record["pool"]["right"]])
+    return Judged(torch.full((len(conf),), -1), conf, right, ~right, torch.zeros_like(right))
+
+# %% ../nbs/15_photos.ipynb #a7607d6c
+def plot_photos(
+    df: pd.DataFrame, # from `photo_results`
+    axes # two matplotlib axes: random prompts, prompts from tokens
+):
+    "Accuracy against labels per class: seeds as points, means as lines; the encoder's probe and 20-NN, without prompts, dashed."
+    shift = {"labelled-only": -.04, "FixMatch": 0, "FineSSL": .04}
+    for ax, start in zip(axes, STARTS):
+        for row in (*shift, "probe", "20-NN"):
+            d = df[(df.row == row) & (df.start == (start if row in shift else "none"))]
+            m, c = d.groupby("N").accuracy.mean(), colour({"probe": "linear probe"}.get(row, row))
+            ax.plot(np.log2(m.index), m, "-o" if row in shift else {"probe": "--", "20-NN": ":"}[row], color=c, lw=2 if row in shift else 1.3, ms=5, label=row)
+            if row in shift: ax.plot(np.log2(d.N) + shift[row], d.accuracy, ".", color=c, alpha=.4, ms=5)
+        ax.set(xticks=[0, 1, 2], xticklabels=[1, 2, 4], xlabel="labelled images per class", title={"random": "prompts start at random (paper)", "tokens": "prompts start as tokens"}[start])
+        ax.title.set_fontsize(10)
+    axes[0].set_ylabel("test accuracy, %")
