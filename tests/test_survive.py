@@ -87,8 +87,9 @@ def limit(what, value): resource.setrlimit(what, (value, value))
 
 
 def little_memory():
-    "From here on, memory for hardly anything new."
+    "From here on, memory for hardly anything new; and a step that wants 4 GiB, because what was freed before may serve it else."
     limit(resource.RLIMIT_AS, int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() + 2**20)
+    torch.empty(2**30)
 
 
 def no_privileges():
