@@ -519,6 +519,6 @@ def sentence_of(e: Exception): # -> message, exit code
 def how_to_go_on(stopped: str, argv: list[str], args) -> str:
     "After Ctrl-C: what is kept, and the command that goes on from there."
     again = shlex.join([*program().split(), *(a for a in argv if a != "--resume")])
-    if argv[0] != "train": return f"stopped; nothing unfinished is kept; start again with: {again}"
+    if argv[0] != "train": return f"stopped; start again with: {again}"
     if not any(args.out.glob("*checkpoint.pt")): return f"stopped before the first checkpoint; start again with: {again}"
     return f"{stopped or 'stopped at once, the last checkpoint is kept'}; go on with: {again} --resume"

@@ -146,7 +146,7 @@ def run_photo(job: dict, dataset: Dataset, encoder) -> dict: # the record
     z = logits_of(run.model, dataset.x_ulb, run.plain, "cpu", precision=PRECISION)
     j = judge(z.softmax(1), dataset.y_ulb)
     pool = {"diagnosis": diagnose(z.softmax(1), dataset.y_ulb), "confidence": [round(c, 3) for c in j.conf.tolist()], "right": "".join(map(str, j.right.long().tolist()))}
-    return base | run.record | {"command": command["command"], "pool": pool}
+    return base | run.record | {"command": command["command"], "checkpoint": Path(c).name if (c := getattr(encoder, "checkpoint", None)) else None, "pool": pool}
 
 def with_heads(job: dict, dataset: Dataset, encoder, common: dict) -> Run:
     "What `fit` does, with other heads."

@@ -50,6 +50,13 @@ def test_outputs_hold_no_machine_path_and_no_error():
                 assert not machine.search(text), f"{path.name}: {machine.search(text).group()} in an output of {cell.source[:60]!r}"
 
 
+def test_records_hold_no_machine_path():
+    machine = re.compile(r"(/home/|/Users/|/root/|/tmp/|/work/|[A-Z]:\\\\Users)")
+    files = [p for p in (root / "figures").rglob("*") if p.suffix in (".json", ".jsonl", ".csv")]
+    assert files
+    for p in files: assert not machine.search(text := p.read_text(encoding="utf-8")), f"{p.name}: {machine.search(text).group()}"
+
+
 def test_every_code_cell_with_pictures_was_run():
     for path in sorted((root / "nbs").glob("*.ipynb")):
         cells = [c for c in nbformat.read(path, as_version=4).cells if c.cell_type == "code"]
