@@ -278,7 +278,7 @@ class Guard:
     def check(self):
         "Raise where a loss was not finite; the one place that waits for the device."
         if (first := int(self.first)) >= 0:
-            raise TrainingError(f"the loss is not finite at step {first}: try a smaller lr or gamma; a checkpoint from before it is kept")
+            raise TrainingError(f"the loss is not finite at step {first}: try a smaller lr or gamma; checkpoints written before it are kept")
 
 # %% ../nbs/05_training.ipynb #64ffaba1
 class Stopped(TrainingError):
