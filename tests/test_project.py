@@ -1,5 +1,5 @@
 "What keeps the project in one piece: exports, clean notebooks, README, records."
-import filecmp, json, re, shutil, subprocess, sys
+import filecmp, re, shutil, subprocess, sys
 from pathlib import Path
 import nbformat
 import pytest

@@ -1,5 +1,4 @@
 "Every record names the encoder that made it, and it is the one in the package; every picture has its data beside it."
-import json
 from pathlib import Path
 from finessl.backbone import load_backbone
 from finessl.training import read_records
