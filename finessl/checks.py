@@ -605,7 +605,7 @@ def check_finessl_algorithm(make):
     for k, v in (("gamma", -1.), ("lam", 2.), ("zeta", -.1), ("alpha", -1.), ("form", "text"), ("margins", "none"), ("n_strong", 0)):
         with raises(ValueError, k): make(**{k: v})
 
-# %% ../nbs/12_gpu.ipynb #39744528
+# %% ../nbs/13_gpu.ipynb #39744528
 def check_fetches_nothing(
     f # takes a device; does there what must not wait for it
 ):
@@ -614,7 +614,7 @@ def check_fetches_nothing(
     except (RuntimeError, NotImplementedError) as error:
         raise AssertionError(f"asks the device for a value: {str(error).splitlines()[0]}") from None
 
-# %% ../nbs/14_devices.ipynb #7b34913a
+# %% ../nbs/15_devices.ipynb #7b34913a
 def check_whole_step(f):
     "Assert that `f(parts, n_strong)` meets the specification of `whole_step`."
     from finessl.training import Step
