@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['SIZE', 'PROMPTS', 'BATCH', 'SCHEDULE', 'EVALS', 'PRECISION', 'LONGER', 'SEEDS', 'LABELS', 'STARTS', 'SUSPECTS',
-           'methods', 'photo_split', 'features_of', 'neighbours', 'probe', 'Rising', 'CentredHead', 'change_heads',
-           'jobs_of', 'look', 'run_photo', 'with_heads', 'encoder_of', 'split_held', 'work', 'run_photos', 'main',
-           'photo_results', 'stored_judgement', 'plot_photos']
+           'STEP', 'LOOKS', 'methods', 'photo_split', 'features_of', 'neighbours', 'probe', 'Rising', 'CentredHead',
+           'change_heads', 'jobs_of', 'look', 'run_photo', 'with_heads', 'encoder_of', 'split_held', 'work',
+           'run_photos', 'what_it_takes', 'main', 'photo_results', 'stored_judgement', 'plot_photos']
 
 # %% ../nbs/16_photos.ipynb #c1818ff8
 import argparse, functools, json, multiprocessing, os, sys, time
@@ -189,13 +189,23 @@ def run_photos(data, checkpoint, records: Path, seeds=SEEDS, workers: int = 4):
             print(f"photos: {i} of {len(jobs)} runs, {(time.time() - start) / i * (len(jobs) - i) / 60:.1f} min left", file=sys.stderr, flush=True)
 
 # %% ../nbs/16_photos.ipynb #b288f9f9
+STEP, LOOKS = .45, 71. # seconds on one core, as the records have them: of a step, of a run's evaluations
+
+def what_it_takes(jobs: list[dict]) -> str:
+    "The description of the command: how long it runs, and what it needs."
+    runs = [j.get("schedule", SCHEDULE).steps * STEP + LOOKS for j in jobs if j["row"] != "encoder"]
+    return f"""Run and record the study on photographs: {len(runs)} runs of {min(runs) / 60:.0f} to {max(runs) / 60:.0f} minutes on one core,
+{sum(runs) / 3600:.0f} hours in all on a CPU that multiplies bf16 in hardware; the workers share them.
+What is recorded already is not run again, so a study that was stopped goes on.
+Needs CIFAR-10 as image files and the encoder's weights file; downloads nothing."""
+
 def main(argv=None):
     "The command `python -m finessl.photos`."
-    ap = argparse.ArgumentParser("python -m finessl.photos", description="Run and record the study on photographs.")
+    ap = argparse.ArgumentParser("python -m finessl.photos", formatter_class=argparse.RawDescriptionHelpFormatter, description=what_it_takes(jobs_of()))
     ap.add_argument("--data", required=True, help="folder of CIFAR-10 as images, train/<class>/* and test/<class>/*")
     ap.add_argument("--checkpoint", required=True, help="weights file of timm's vit_tiny_patch16_224")
-    ap.add_argument("--records", type=Path, default=Path("figures/records"), help="folder of the records (%(default)s)")
-    ap.add_argument("--workers", type=int, default=os.cpu_count(), help="processes of one thread each (%(default)s)")
+    ap.add_argument("--records", type=Path, default=Path("figures/records"), help="folder of the records (default: %(default)s)")
+    ap.add_argument("--workers", type=int, default=os.cpu_count(), help="processes of one thread each (default: this machine's cores, %(default)s)")
     args = ap.parse_args(argv)
     run_photos(args.data, args.checkpoint, args.records, SEEDS, args.workers)
 

@@ -171,6 +171,51 @@ def test_one_that_is_killed_ends_all(capfd):
     assert time.time() - begin < 60 and capfd.readouterr().err == ""
 
 
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGKILL")
+def test_nothing_stays_of_a_parent_that_is_killed(tmp_path):
+    "The children write their checkpoint, clear away what the parent had left for them, and end."
+    (folder := tmp_path / "temporary").mkdir()
+    p = subprocess.Popen([sys.executable, "-m", "finessl", "train", "--data", "digits", "--per-class", "1", "--steps", "100000", "--batch", "4", "--prompts", "1", "--checkpoint-every", "2", "--device", "cpu",
+                          "--processes", "2", "--quiet", "--out", "run"], cwd=tmp_path, env=ENV | {"TMPDIR": str(folder)}, stderr=subprocess.PIPE, text=True)
+    end = time.time() + 90
+    while not (tmp_path / "run/checkpoint.pt").exists() and time.time() < end: time.sleep(.01)
+    assert [f.name for f in folder.glob("finessl-*/call")] == ["call"]
+    p.kill()
+    assert p.communicate(timeout=60)[1] == ""                  # read until the children, who hold it too, have ended
+    assert not list(folder.glob("finessl-*")) and not (tmp_path / "run/.lock").exists()
+    assert (tmp_path / "run/checkpoint.pt").exists()
+
+
+NO_ROOM = """
+import resource, sys
+from finessl import cli
+from finessl.devices import launch
+hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))        # no file may be larger: the call does not fit
+print(cli.main(sys.argv[1:]))
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))     # a small call does, its result does not
+import torch
+try: launch(1, torch.ones, 100_000, threads=1)
+except RuntimeError as e: print(type(e).__name__, e)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits as Linux has them")
+def test_a_full_temporary_folder_is_one_sentence(tmp_path):
+    (folder := tmp_path / "temporary").mkdir()
+    p = subprocess.run([sys.executable, "-c", NO_ROOM, "train", "--data", "digits", "--per-class", "1", "--steps", "2", "--device", "cpu", "--processes", "2", "--out", str(tmp_path / "run")],
+                       env=ENV | {"TMPDIR": str(folder)}, text=True, capture_output=True, timeout=120)
+    says = f"no space left in {folder}; set TMPDIR to a folder with room\n"
+    assert p.stderr == f"finessl: error: {says}" and p.stdout.endswith(f"1\nTrainingError {says}"), (p.stdout, p.stderr)
+    assert not list(folder.glob("finessl-*")) and not (tmp_path / "run").exists()
+
+
+def test_no_temporary_folder_at_all(monkeypatch):
+    def none(): raise FileNotFoundError(2, "No usable temporary directory found in ['a', 'b']")
+    monkeypatch.setattr("tempfile.gettempdir", none)
+    with pytest.raises(TrainingError, match="no temporary folder can be written to .*; set TMPDIR" if os.name != "nt" else "set TEMP"): launch(1, print)
+
+
 @pytest.mark.parametrize("error, kind", [(DataError("no image"), DataError), (UnreadableError("a.jpg", "cannot read a.jpg"), DataError), (TrainingError("full"), TrainingError), (KeyboardInterrupt("stopped"), KeyboardInterrupt)])
 def test_what_failed_says_so_and_not_who_ended_with_it(tmp_path, error, kind):
     for rank, e in enumerate([Stopped("process 0 ended because process 2 failed"), Lost("gone"), error]): (tmp_path / f"error-{rank}").write_bytes(pickled(e, "where"))
@@ -178,6 +223,7 @@ def test_what_failed_says_so_and_not_who_ended_with_it(tmp_path, error, kind):
     assert isinstance(got, kind) and str(got) == str(error) and got.__notes__ == ["where"]
     (tmp_path / "error-2").unlink()
     assert "process 2 of 3 was killed" in str(reason(tmp_path, [1, 1, -9])) and reason(tmp_path / "none", [0, 0]) is None
+    assert "no space left in" in str(reason(tmp_path, [1, 1, 73]))    # it had no room to say so
 
 
 def test_torchrun_and_one_message(tmp_path):
