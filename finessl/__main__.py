@@ -1,5 +1,12 @@
-"`python -m finessl`, which is also what `torchrun` starts. Written by hand: nbdev makes modules, this is a program."
-import sys
-from finessl.cli import main
+"`python -m finessl`, also what `torchrun` starts, and the command `finessl`. Written by hand: nbdev makes modules, this is a program."
+import os, signal, sys
 
-if __name__ == "__main__": sys.exit(main())
+
+def start() -> int: # exit code
+    "Run the command line; a Ctrl-C has its one line from the first moment on, also while modules are imported."
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler: signal.signal(signal.SIGINT, lambda *_: (os.write(2, b"finessl: stopped\n"), os._exit(130)))
+    from finessl.cli import main
+    return main()
+
+
+if __name__ == "__main__": sys.exit(start())

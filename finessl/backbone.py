@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import pickle
+import struct
 import threading
 import urllib.error
 import urllib.request
@@ -364,13 +365,13 @@ def _answer(url, seconds=2.): # HTTP status of the file's header, or why there i
 
 def _fetch(source):
     "Path of the pretrained weights: from the cache, else from the hub."
-    if not source.files: raise BackboneError(f"{source.name} names no pretrained weights; name some (ARCH/WEIGHTS), or pass a file as checkpoint=, or checkpoint=False for random ones")
+    if not source.files: raise BackboneError(f"{source.name} names no pretrained weights; name some (ARCH/WEIGHTS), or a local file with --checkpoint FILE (in Python checkpoint=FILE, or checkpoint=False for random ones)")
     if not source.repo: return source.files[0]
     from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
     for file in source.files:
         if isinstance(path := try_to_load_from_cache(source.repo, file), str): return path
     where, answer = f"{constants.ENDPOINT}/{source.repo}", "HF_HUB_OFFLINE is set"
-    bring = f"bring the file {source.files[0]} from {where} and pass its path as checkpoint=, or use 'pocket', which needs no download"
+    bring = f"bring the file {source.files[0]} from {where} and name it with --checkpoint FILE (in Python checkpoint=FILE), or take --backbone pocket (in Python 'pocket'), which needs no download"
     for file in source.files:
         if not constants.HF_HUB_OFFLINE: answer = _answer(f"{where}/resolve/main/{file}")
         if isinstance(answer, str): break # nobody there
@@ -390,7 +391,7 @@ def read_weights(
     try: loaded = load_file(path) if start[8:] == b"{" else torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise BackboneError(f"{path} holds more than tensors, or is no weights file; bring the weights as safetensors") from error
-    except (SafetensorError, EOFError, RuntimeError, ValueError, KeyError, OSError) as error:
+    except (SafetensorError, EOFError, RuntimeError, ValueError, LookupError, TypeError, AttributeError, AssertionError, struct.error, OSError) as error: # noise is anything
         raise BackboneError(f"{path} is empty, truncated, or no weights file") from error
     return _unwrapped(path, loaded)
 
@@ -455,7 +456,7 @@ def _resize(model, size, name):
     trunk, is_timm = _trunk(model), hasattr(_trunk(model), "blocks")
     patch = trunk.patch_embed.feat_ratio() if is_timm else trunk.patch_size[0]
     if isinstance(size, bool) or not isinstance(size, int) or size < patch or size % patch:
-        raise BackboneError(f"image_size must be a multiple of {patch} pixels for {name}, got {size!r}")
+        raise BackboneError(f"the image size must be a multiple of {patch} pixels for {name}, got {size!r}")
     if is_timm: return trunk.set_input_size(img_size=(size, size))
     from timm.layers import resample_abs_pos_embed
     grid = (size // patch, size // patch)

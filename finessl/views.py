@@ -4,15 +4,14 @@
 
 # %% auto #0
 __all__ = ['CLIP_MEAN', 'CLIP_STD', 'IMAGENET_MEAN', 'IMAGENET_STD', 'CIFAR10_MEAN', 'CIFAR10_STD', 'CIFAR100_MEAN',
-           'CIFAR100_STD', 'OPERATIONS', 'normalise', 'denormalise', 'require_images', 'resize', 'View', 'affine_theta',
-           'warp', 'cutout', 'DigitView', 'Views', 'digit_views', 'show_views', 'crop_flip', 'blend', 'grey',
-           'brightness', 'color', 'contrast', 'sharpness', 'posterize', 'solarize', 'identity', 'autocontrast',
-           'equalize', 'pixel_matrix', 'nearest', 'Operation', 'nothing', 'mixed', 'leading_bits', 'inverted_from',
-           'turned', 'slanted_x', 'slanted_y', 'moved_x', 'moved_y', 'rand_augment', 'NaturalView', 'natural_views',
-           'default_views']
+           'CIFAR100_STD', 'NORMALISATION', 'OPERATIONS', 'normalise', 'denormalise', 'require_images', 'resize',
+           'View', 'affine_theta', 'warp', 'cutout', 'DigitView', 'Views', 'digit_views', 'show_views', 'crop_flip',
+           'blend', 'grey', 'brightness', 'color', 'contrast', 'sharpness', 'posterize', 'solarize', 'identity',
+           'autocontrast', 'equalize', 'pixel_matrix', 'nearest', 'Operation', 'nothing', 'mixed', 'leading_bits',
+           'inverted_from', 'turned', 'slanted_x', 'slanted_y', 'moved_x', 'moved_y', 'rand_augment', 'NaturalView',
+           'natural_views', 'default_views']
 
 # %% ../nbs/02_views.ipynb #53818ced
-import math
 from dataclasses import dataclass
 from typing import Callable, NamedTuple
 import torch
@@ -24,6 +23,7 @@ CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.261302
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # many timm encoders; the release on FOOD-101, Semi-Aves, ImageNet
 CIFAR10_MEAN, CIFAR10_STD = (0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616)      # the release on CIFAR-10
 CIFAR100_MEAN, CIFAR100_STD = (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)    # the release on CIFAR-100
+NORMALISATION = {"clip": (CLIP_MEAN, CLIP_STD), "imagenet": (IMAGENET_MEAN, IMAGENET_STD), "cifar10": (CIFAR10_MEAN, CIFAR10_STD), "cifar100": (CIFAR100_MEAN, CIFAR100_STD)}
 
 # %% ../nbs/02_views.ipynb #ac6b95a0
 def normalise(

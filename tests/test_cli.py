@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from finessl import cli, gpu, training
+from finessl import cli, training
 from finessl.algorithms import FineSSL
 from finessl.backbone import load_backbone
 from finessl.training import FixMatch, LabelledOnly, load_run
@@ -67,7 +67,10 @@ def trained(folder, tmp_path_factory):
 
 QUICK = [["--help"], ["--version"], ["demo", "--help"], ["train", "--help"], ["predict", "--help"], [], ["trian"], ["train", "--data", "digits"],
          ["train", "--data", "digits", "--out", "r"], ["train", "--data", "nowhere", "--out", "r"], ["train", "--data", "digits", "--per-class", "0", "--out", "r"],
-         ["train", "--data", "digits", "--per-class", "1", "--algorithm", "fixmatch", "--gamma", "1", "--out", "r"], ["predict", "--run", "nowhere", "x.png"]]
+         ["train", "--data", "digits", "--per-class", "1", "--algorithm", "fixmatch", "--gamma", "1", "--out", "r"], ["predict", "--run", "nowhere", "x.png"],
+         ["train", "--preset", "semi-aves", "--out", "r"], ["train", "--preset", "cifar", "--out", "r"], ["train", "--preset", "cifar10-n4", "--image-size", "100", "--out", "r"],
+         ["train", "--data", "digits", "--per-class", "1", "--normalisation", "encoder", "--out", "r"], ["train", "--data", "digits", "--per-class", "1", "--backbone", "resnet", "--out", "r"],
+         ["bench", "--variants", "fast"]]
 
 
 def test_help_and_argument_errors_import_no_torch(tmp_path):
@@ -77,9 +80,9 @@ def test_help_and_argument_errors_import_no_torch(tmp_path):
             "print(codes, heavy)")
     begin = time.time()
     p = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=ENV, capture_output=True, text=True, check=True)
-    assert p.stdout.splitlines()[-1] == f"{[0] * 5 + [2] * 8} []"
+    assert p.stdout.splitlines()[-1] == f"{[0] * 5 + [2] * 14} []"
     assert time.time() - begin < 5
-    assert all(line.startswith("finessl: error: ") for line in p.stderr.splitlines()) and len(p.stderr.splitlines()) == 8, p.stderr
+    assert all(line.startswith("finessl: error: ") for line in p.stderr.splitlines()) and len(p.stderr.splitlines()) == 14, p.stderr
     assert not list(tmp_path.iterdir())
 
 
@@ -168,7 +171,7 @@ def test_unreadable_images_are_left_out_when_asked(finessl, folder, tmp_path):
 
 
 def test_named_data_offline(refused, monkeypatch, tmp_path):
-    monkeypatch.setattr(gpu, "torchvision_dataset", functools.partial(gpu.torchvision_dataset, ask=lambda url: "no network"))
+    monkeypatch.setattr(cli, "require", functools.partial(cli.require, ask=lambda url: "no network"))
     for name, archive in {"cifar10": "cifar-10-python.tar.gz", "cifar100": "cifar-100-python.tar.gz", "food101": "food-101.tar.gz"}.items():
         begin = time.time()
         err = refused("train", "--data", name, "--per-class", "1", "--out", "run", "--data-dir", "data")

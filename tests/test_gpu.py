@@ -11,8 +11,8 @@ from finessl.backbone import load_backbone
 from finessl.checks import check_fetches_nothing
 from finessl.cli import main
 from finessl.data import DataError, ImageFiles, check_dataset, digits
-from finessl.gpu import CHAIN, VARIANTS, Bench, Trainer, bench, compilations, dry_steps, from_preset, image_lists, presets, step_flops
-from finessl.training import FixMatch, Schedule, ahead, fit, on_device, step_images, trained_state
+from finessl.gpu import CHAIN, VARIANTS, Bench, Trainer, compilations, dry_steps, image_lists, step_flops
+from finessl.training import FixMatch, Schedule, ahead, fit, on_device, step_images
 from finessl.views import natural_views
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -36,23 +36,7 @@ def folder_of_lists(folder, labelled, unlabelled=(), test=()):
     return folder
 
 
-# Presets
-
-def test_presets_hold_the_papers_constants():
-    assert len(presets) == 13
-    for name, p in presets.items():
-        schedule = p["fit"]["schedule"]
-        assert (schedule.steps, schedule.lr, schedule.decay, schedule.clear_every) == (15_000, .03, "epoch", 500)
-        assert p["algorithm"] == {"zeta": .7, "alpha": 8., "lam": .5, "gamma": 1. if name in ("cifar10-n1", "semi-aves-ood") else 3.}
-        assert p["fit"]["batch"] == {"cifar10-n1": 8, "cifar10-n2": 16}.get(name, 32) and p["fit"]["n_prompts"] == 50
-    assert {p["data"]["n_per_class"] for n, p in presets.items() if n.startswith("cifar100")} == {4, 25, 100}
-
-
-def test_unknown_names_are_refused():
-    with pytest.raises(ValueError, match="no preset is called 'cifar-4'; there are cifar10-n1"): from_preset("cifar-4")
-    with pytest.raises(ValueError, match="normalisation must be"): from_preset("cifar10-n4", normalisation="clip")
-    with pytest.raises(DataError, match="no data set is called"): gpu.torchvision_dataset("mnist", 1)
-
+# Data by name (presets: test_presets.py)
 
 @pytest.mark.parametrize("name, file", [("cifar10", "cifar-10-python.tar.gz"), ("cifar100", "cifar-100-python.tar.gz"), ("food101", "food-101.tar.gz")])
 def test_offline_says_which_file_to_bring(name, file, tmp_path):
@@ -60,6 +44,10 @@ def test_offline_says_which_file_to_bring(name, file, tmp_path):
         gpu.torchvision_dataset(name, 1, folder=tmp_path, ask=lambda url: "no answer")
     (tmp_path / file).write_bytes(b"half an archive")
     with pytest.raises(DataError, match=f"{file} is damaged .*; bring {file}"): gpu.torchvision_dataset(name, 1, folder=tmp_path, ask=lambda url: "no answer")
+
+
+def test_unknown_data_are_refused():
+    with pytest.raises(DataError, match="no data set is called"): gpu.torchvision_dataset("mnist", 1)
 
 
 def test_a_server_that_is_not_there_is_known_within_5_seconds():
@@ -177,7 +165,9 @@ def test_bench_on_the_command_line(tmp_path):
     for v in result["variants"].values(): assert {"step_ms", "step_with_views_ms", "mfu", "peak_memory_mb"} <= v.keys() and v["step_with_views_ms"] >= v["step_ms"] > 0
     for v in result["variants"].values():
         assert {"images_per_s", "views_images_per_s", "share", "preset_seconds", "loss"} <= v.keys() and set(v["share"]) == {"views", "encoder", "rest"}
-        assert v["views_times_step"] == pytest.approx(v["cpu_ms"]["step"] / (v["cpu_ms"]["step_with_views"] - v["cpu_ms"]["step"]), rel=.02)
+        assert v["views_times_step"] == pytest.approx(v["step_ms"] / (v["step_with_views_ms"] - v["step_ms"]), rel=.02)
+        assert v["mfu"] / v["cpu_time"]["mfu"] == pytest.approx(v["cpu_ms"]["step"] / v["step_ms"] * result["cpu_time_product_tflops"] / result["product_tflops"], rel=.05) # one clock each
+    assert result["clock"] == "wall" and "TFLOP/s by the clock on the wall" in out.getvalue()
     assert "views/s" in out.getvalue() and "15,000 steps" in out.getvalue()
     assert json.loads(file.read_text()) == result
 
