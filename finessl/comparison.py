@@ -10,7 +10,6 @@ __all__ = ['SCHEDULE', 'BATCH', 'PROMPTS', 'EVALS', 'ROWS', 'MAIN', 'OPEN_SET', 
 # %% ../nbs/14_comparison.ipynb #2743d662
 import argparse, json, math, multiprocessing, os, sys, time
 from pathlib import Path
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
@@ -18,7 +17,7 @@ from .algorithms import FineSSL
 from .backbone import load_backbone
 from .data import digits, holdout
 from .lab import COLOURS, Lab, last_quarter, linear_probe, paired, raw_probe, zero_shot
-from .training import FixMatch, LabelledOnly, Schedule, fit, read_records, short
+from .training import FixMatch, LabelledOnly, fit, read_records, short
 
 # %% ../nbs/14_comparison.ipynb #a5afb437
 SCHEDULE, BATCH, PROMPTS, EVALS = short, 16, 4, 5 # 16 labelled, 16 unlabelled images a step (the release: 8, 16, 32 on CIFAR-10); 4 prompts for 17 tokens (the paper: 50 for 197)

@@ -281,8 +281,8 @@ def main(argv: list[str]|None = None) -> int: # exit code
 # %% ../nbs/15_devices.ipynb #198ddbdb
 #| eval: false
 if __name__ == "__main__":
-    from finessl.devices import main # by its name: other processes import what they call
-    sys.exit(main())
+    from finessl import devices # by its name: other processes import what they call
+    sys.exit(devices.main())
 
 # %% ../nbs/15_devices.ipynb #1c9eb415
 def scaling_table(record: dict) -> dict: # rows

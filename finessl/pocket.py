@@ -313,7 +313,6 @@ def pretrain(
     progress=None # called with (step, loss) when a loss is logged
 ) -> tuple[nn.Module, dict]: # the mean of the weights, in eval mode; the card: recipe, losses, seconds, versions
     "Pre-train the pocket CLIP. The same recipe, device, threads and versions give the same bits."
-    import open_clip
     r, clock = recipe, time.perf_counter()
     if r.steps < 1: raise ValueError(f"steps must be >= 1, got {r.steps}")
     glyphs, frequencies = render_glyphs(), class_frequencies(r.imbalance, r.digit_share)

@@ -13,7 +13,7 @@ from finessl import cli, training
 from finessl.algorithms import FineSSL
 from finessl.data import DataError, digits, image_folder
 from finessl.gpu import image_lists
-from finessl.training import Schedule, TrainingError, fit, folder_lock, load_run, lock
+from finessl.training import FixMatch, LabelledOnly, Schedule, TrainingError, fit, folder_lock, load_run, lock
 from test_training import ENV, few, outcome, same_record
 
 if sys.platform == "linux": import resource
@@ -29,6 +29,12 @@ def go(out, resume=False, **changes):
 
 
 def terminal(text): sys.exit(cli.main(shlex.split(text)[1:]))
+
+
+def program(text):
+    "A command as a process of its own runs it; the demo's reference lines, which nobody looks at here, left out."
+    sys.argv, cli.references = shlex.split(text), lambda *args: {}
+    sys.exit(cli.main())
 
 
 # ---------------------------------------------------------------- faults, put into place in a child
@@ -68,14 +74,14 @@ def kill_before_removal(name):
     Path.unlink = dying
 
 
-def at_step(t, f):
+def at_step(t, f, algorithm=FineSSL):
     "Call `f` in step `t`, counted from 1."
-    real, calls = FineSSL.__call__, []
+    real, calls = algorithm.__call__, []
     def call(self, step, state):
         calls.append(1)
         if len(calls) == t: f()
         return real(self, step, state)
-    FineSSL.__call__ = call
+    algorithm.__call__ = call
 
 
 def no_space_for(out, name):
@@ -150,7 +156,11 @@ FAULTS = {   # name -> what is put into place, what is run, given the folder of 
     "a folder that is a file": (lambda o: o.write_text("a file"), go),
     "a folder below a file": (lambda o: (o.parent / "file").write_text("a file"), lambda o, resume=False: go(o.parent / "file/run")),
 }
-WHOLE = {"go": go, "train": lambda o: terminal(f"{TRAIN} {o}"), "much": lambda o: terminal(f"{MUCH} {o}")}
+DEMO = "finessl demo --steps 4 --quiet --out"
+STOPS = {"labelled-only": (LabelledOnly, 2, "labelled-only stopped after step 2 of 4, checkpoint written"), # name -> what Ctrl-C strikes, in which step, what is said
+         "FixMatch": (FixMatch, 4, "FixMatch stopped after the last step, record and model written"),
+         "FineSSL": (FineSSL, 3, "FineSSL stopped after step 3 of 4, checkpoint written")}
+WHOLE = {"demo": lambda o: program(f"{DEMO} {o}"), "go": go, "train": lambda o: terminal(f"{TRAIN} {o}"), "much": lambda o: terminal(f"{MUCH} {o}")}
 
 
 def child(out, f, *before):
@@ -175,11 +185,17 @@ def child(out, f, *before):
 def every_fault(where: Path) -> dict:
     "Name -> what happened at the fault, and at the resume after it."
     found = {}
+    import finessl.comparison, finessl.bias, matplotlib.figure # for the demo
     go(None, checkpoint_every=None)                            # what is imported late, is imported before the children are made
     for k, (name, (fault, f)) in enumerate(FAULTS.items()):
         out = where / str(k) / "run"
         out.parent.mkdir()
         found[name] = {"out": str(out), "first": child(out, f, fault), "second": child(out, lambda o: f(o, resume=True))}
+    for name, (algorithm, t, _) in STOPS.items():
+        out = where / name / "run"
+        out.parent.mkdir()
+        first = child(out, lambda o: program(f"{DEMO} {o}"), lambda o: at_step(t, lambda: os.kill(os.getpid(), signal.SIGINT), algorithm))
+        found[name] = {"out": str(out), "first": first, "second": child(out, lambda o: program(first["stderr"].partition("go on with: ")[2]))}
     for name, f in WHOLE.items():
         (where / name).mkdir()
         found[name] = {"out": str(where / name / "run"), "first": child(where / name / "run", f)}
@@ -308,6 +324,22 @@ def test_no_memory_on_a_gpu(tmp_path):
     go(tmp_path / "run", device="cuda", compile=False)           # what the failed step held is free again
 
 
+# ---------------------------------------------------------------- Ctrl-C in the demo
+
+@linux
+@pytest.mark.parametrize("name", STOPS)
+def test_a_stopped_demo_goes_on_by_the_command_that_it_prints(happened, name):
+    stopped, out, whole = happened[name], Path(happened[name]["out"]), Path(happened["demo"]["out"])
+    assert stopped["first"]["code"] == 130 and stopped["first"]["stderr"] == f"finessl: {STOPS[name][2]}; go on with: {DEMO} {out} --resume\n"
+    assert stopped["second"] == happened["demo"]["first"] and stopped["second"]["code"] == 0
+    for method in cli.TRAINED:
+        a, b = (outcome(folder / method.lower()) for folder in (out, whole))
+        assert a[0] == b[0] and a[1].pop("command").removesuffix(str(out)) == b[1].pop("command").removesuffix(str(whole))
+        same_record(a[1], b[1])
+        assert [r["step"] for r in a[1]["resumes"]] == ([STOPS[name][1]] if method == name and "checkpoint" in STOPS[name][2] else [])
+    assert cli.main(shlex.split(f"demo --out {out} --steps 3 --resume")) == 1   # another demo than the one there
+
+
 # ---------------------------------------------------------------- the lock
 
 def test_the_locks_file_goes_with_the_lock(tmp_path):
@@ -357,7 +389,7 @@ def cut(file): file.write_bytes(file.read_bytes()[:60])
 @pytest.mark.parametrize("damage", [cut, Path.unlink], ids=["cut", "gone"])
 def test_a_file_that_breaks_is_named_and_the_checkpoint_stays(photos, tmp_path, damage, monkeypatch):
     lists = lambda: image_lists(photos, image_size=32)
-    whole = look(lists(), tmp_path / "whole")
+    look(lists(), tmp_path / "whole")
     files = {f: f.read_bytes() for f in photos.glob("train/*/[2-7].png")}
     at = lambda: [damage(f) for f in files]
     real, calls = FineSSL.__call__, []

@@ -131,7 +131,7 @@ CASES = {"FineSSL": {}, "FineSSL, paper's form": dict(algorithm=FineSSL(form="pa
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("after", [1, 7, 11])
 def test_a_resume_is_exact(encoder, tmp_path, case, after):
-    whole = run(encoder, out=tmp_path / "whole", **CASES[case])
+    run(encoder, out=tmp_path / "whole", **CASES[case])
     interrupted(encoder, tmp_path / "run", after, **CASES[case])
     assert not (tmp_path / "run/record.json").exists()
     run(encoder, out=tmp_path / "run", resume=True, **CASES[case])
@@ -142,7 +142,7 @@ def test_a_resume_is_exact(encoder, tmp_path, case, after):
 
 @pytest.mark.parametrize("left", [0, 100, .5, .99, "flipped"], ids=["empty", "100 bytes", "half", "all but the end", "one byte flipped"])
 def test_a_torn_checkpoint_falls_back_to_the_one_before(encoder, tmp_path, left):
-    whole = run(encoder, out=tmp_path / "whole")
+    run(encoder, out=tmp_path / "whole")
     interrupted(encoder, tmp_path / "run", 10, checkpoint_every=4)
     path = tmp_path / "run/checkpoint.pt"
     content = path.read_bytes()
@@ -191,7 +191,8 @@ def test_a_checkpoint_of_something_else_is_refused(encoder, tmp_path):
 
 
 def test_resume_without_a_checkpoint_starts_from_the_beginning(encoder, tmp_path):
-    a, b = run(encoder, out=tmp_path / "a"), run(encoder, out=tmp_path / "b", resume=True)
+    run(encoder, out=tmp_path / "a")
+    b = run(encoder, out=tmp_path / "b", resume=True)
     assert outcome(tmp_path / "a")[0] == outcome(tmp_path / "b")[0] and b.record["resumes"] == []
 
 
@@ -208,7 +209,7 @@ def test_a_finished_folder_is_refused(encoder, tmp_path):
 @pytest.mark.parametrize("every", [1, 4, None])
 @pytest.mark.parametrize("what", [float("nan"), float("inf")])
 def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_last_good_checkpoint(encoder, tmp_path, what, every, monkeypatch):
-    good, real, calls = {}, FineSSL.__call__, []
+    real, calls = FineSSL.__call__, []
     def call(self, step, state):
         loss, metrics = real(self, step, state)
         calls.append(1)
