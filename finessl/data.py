@@ -97,20 +97,23 @@ def split_labels(
     y, # (N,) whole numbers in [0, C), the label of every image
     n_per_class: int, # labelled images per class, >= 1
     seed: int, # of the split
-    classes: tuple[str, ...] | None = None # names, for the error message
+    classes: tuple[str, ...] | None = None, # names, for the error message
+    lost: list[int] | None = None # (C,) files of each class that were left out as unreadable, for the error message
 ) -> Tensor: # (C·n_per_class,) int64 positions in `y`, class by class
     "Balanced labelled part from a seed, the same on every platform; a smaller part lies inside a larger one."
     y, n_per_class = _labels("y", y).cpu(), _whole("n_per_class", n_per_class, 1)
-    if not len(y): raise DataError("there are no images to choose from")
+    if not len(y): raise DataError(f"there are no images to choose from{_of_them_lost(sum(lost or ()))}")
     if y.min() < 0: raise DataError(f"labels must be >= 0, got {int(y.min())}")
     parts = []
     for c in range(len(classes) if classes else int(y.max()) + 1):
         mine = (y == c).nonzero()[:, 0]
         if len(mine) < n_per_class:
             name = f"{c} ({classes[c]!r})" if classes else c
-            raise DataError(f"class {name} has {len(mine)} images, fewer than the {n_per_class} labelled ones asked for")
+            raise DataError(f"class {name} has {len(mine)} image{'' if len(mine) == 1 else 's'}, fewer than the {n_per_class} labelled ones asked for{_of_them_lost(lost[c] if lost else 0)}")
         parts.append(mine[torch.from_numpy(_random_state(seed, c, 2).permutation(len(mine))[:n_per_class]).long()])
     return torch.cat(parts)
+
+def _of_them_lost(n: int) -> str: return f"; {n} more {'was' if n == 1 else 'were'} left out as unreadable" if n else ""
 
 # %% ../nbs/01_data.ipynb #c52f8029
 def _stratified(y: Tensor, n: int, seed: int) -> Tensor:
@@ -370,7 +373,8 @@ def image_folder(
     left_out = files_left_out(root, [file for part in found for file, _ in part], unreadable)
     parts = [[(file, y) for file, y in part if not left_out or left_out.name(file) not in left_out] for part in found]
     (train, y_train), (extra, y_extra), (test, y_test) = map(_files_and_labels, parts)
-    idx_lb = split_labels(y_train, n_per_class or 1, seed, classes) # without n_per_class: no class is empty
+    lost = torch.tensor([y for file, y in found[0] if left_out and left_out.name(file) in left_out], dtype=torch.int64).bincount(minlength=len(classes)).tolist()
+    idx_lb = split_labels(y_train, n_per_class or 1, seed, classes, lost) # without n_per_class: no class is empty
     if n_per_class is None: idx_lb = torch.arange(len(train))
     common = _common_size(train + extra + test, left_out) # reads every head, so most bad files show here
     size = common if image_size is None else _whole("image_size", image_size, 1)
