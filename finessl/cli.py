@@ -214,7 +214,7 @@ def check_train(args):
 
 def check_backbone(name: str, image_size: int|None):
     "Refuse an encoder that no library could know, and images that a known one cannot take."
-    if name != "pocket" and not name.startswith(("open_clip:", "timm:")): raise UsageError(f"--backbone {name}: no such encoder; there are pocket, open_clip:ARCHITECTURE/PRETRAINED and timm:NAME")
+    if name != "pocket" and not name.startswith(("open_clip:", "timm:")): raise UsageError(f"--backbone {name}: no such encoder; there are pocket, open_clip:ARCHITECTURE/PRETRAINED and timm:NAME{near(name, ['pocket'])}")
     refuse_size(name, image_size)
 
 def check_files(args):
