@@ -330,10 +330,12 @@ def write_predictions(stream, files, p, classes): # files: N paths; p: (N, C) pr
 # %% ../nbs/80_cli.ipynb #c5b2e2f2
 def check_encoder(args):
     "Refuse at once a run whose encoder's weights are neither here nor to be had."
-    record = json.loads((args.folder / "record.json").read_text(encoding="utf-8"))
-    file = args.checkpoint or record["checkpoint"]
+    try:
+        record = json.loads((args.folder / "record.json").read_text(encoding="utf-8"))
+        backbone, file = str(record["backbone"]), args.checkpoint or record["checkpoint"]
+    except (ValueError, LookupError, TypeError, RecursionError): return # load_run says what is wrong with it
     if file and not Path(file).is_file(): raise UsageError(f"--checkpoint {file}: file does not exist" if args.checkpoint else f"the encoder's weights of {args.folder} are no longer in {file}; name the file with --checkpoint FILE")
-    require(None, None, record["backbone"], file)
+    require(None, None, backbone, file)
 
 def predict(args):
     "finessl predict"

@@ -1,11 +1,12 @@
 """The command line as its users meet it: start, help, errors, Ctrl-C, predictions."""
-import csv, dataclasses, functools, inspect, io, json, os, re, shutil, subprocess, sys, time
+import csv, dataclasses, functools, inspect, io, json, os, re, shutil, signal, subprocess, sys, time
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save
 from sklearn.datasets import load_digits
 
 from finessl import cli, training
@@ -125,6 +126,12 @@ def test_options_reach_the_algorithm():
     (["--tau", ".9"], "--tau belongs to --algorithm fixmatch, not to finessl"),
     (["--peft", "linear", "--prompts", "3"], "--prompts belongs to --peft vpt"),
     (["--backbone", "resnet"], "resnet"),
+    (["--stepz", "3"], "there is no option --stepz; did you mean --steps? (see finessl train --help)"),
+    (["--step=3"], "there is no option --step; did you mean --steps?"),
+    (["--qqqq"], "there is no option --qqqq (see finessl train --help)"),
+    (["more", "-q"], "this has no meaning here: more -q (see finessl train --help)"),
+    (["--out", ""], "--out: must name a file or a folder, got nothing"),
+    (["--checkpoint", " "], "--checkpoint: must name a file or a folder, got nothing"),
     (["--device", "gpu"], "--device gpu"),
     (["--checkpoint", "none.safetensors"], "none.safetensors"),
     (["--per-class", "1000"], "fewer than the 1000"),
@@ -168,6 +175,18 @@ def test_unreadable_images_are_left_out_when_asked(finessl, folder, tmp_path):
     code, out, err = finessl("train", "--data", "data", *TINY, "--skip-unreadable", "--out", "run")
     assert code == 0 and "left out as unreadable: 2" in out
     assert json.loads((tmp_path / "run/record.json").read_text())["dataset"]["skipped"] == 2
+
+
+def test_a_class_that_loses_its_images_says_so(refused, folder, tmp_path):
+    damaged(folder, tmp_path, lambda d: [empty(d / f"train/one/{k}.png") for k in range(5)])
+    argv = ["train", "--data", "data", *TINY, "--skip-unreadable", "--out", "run", "--per-class"]
+    assert "class 0 ('one') has 1 image, fewer than the 2 labelled ones asked for; 5 more were left out as unreadable" in refused(*argv, 2)
+    shutil.move(tmp_path / "data/train/one/5.png", tmp_path / "data/other.png")
+    lines = [f"train/{c}/{k}.png" for c in ("one", "two") for k in range(5)]
+    (tmp_path / "data/labelled.txt").write_text("\n".join(lines))
+    assert "class 0 ('one') has 0 images, fewer than the 1 labelled ones asked for; 5 more were left out as unreadable" in refused(*argv, 1)
+    (tmp_path / "data/other.png").unlink()
+    assert not (tmp_path / "run").exists()
 
 
 def test_named_data_offline(refused, monkeypatch, tmp_path):
@@ -267,6 +286,31 @@ def test_predict_names_what_it_cannot_read(refused, finessl, trained, folder, tm
     assert "does not exist" in refused("predict", "--run", run, "data/test/two", "--out", "no/p.csv")
 
 
+def less(record, **changes): return json.dumps({k: v for k, v in (json.loads(record) | changes).items() if v is not None}).encode()
+
+
+@pytest.mark.parametrize("name, change, says", [
+    ("model.safetensors", lambda b: b[:len(b) // 2], "is torn, or no file of weights"),
+    ("model.safetensors", lambda b: b"", "is torn, or no file of weights"),
+    ("model.safetensors", lambda b: b"PK" * 99, "is torn, or no file of weights"),
+    ("model.safetensors", lambda b: save({"a": torch.zeros(2)}), "does not fit the record beside it (a: [2] there, None here; "),
+    ("record.json", lambda b: less(b, n_prompts=5), "model.safetensors does not fit the record beside it (features.prompts: [4, 2, 128] there, [4, 5, 128] here)"),
+    ("record.json", lambda b: b[:len(b) // 2], "is torn, or no record of a run"),
+    ("record.json", lambda b: b"\xff\xfe\x00\x80" * 9, "is torn, or no record of a run"),
+    ("record.json", lambda b: b"[" * 10**5, "is torn, or no record of a run"),
+    ("record.json", lambda b: b"[]", "is no record of a run: backbone, "),
+    ("record.json", lambda b: less(b, classes=None), "is no record of a run: classes is missing or wrong"),
+    ("record.json", lambda b: less(b, classes=3, mean="x"), "is no record of a run: mean, classes are missing or wrong"),
+])
+def test_a_damaged_run_is_named(refused, trained, folder, tmp_path, name, change, says):
+    shutil.copytree(trained[0], tmp_path / "run")
+    (tmp_path / "run" / name).write_bytes(change((tmp_path / "run" / name).read_bytes()))
+    assert (message := refused("predict", "--run", "run", folder / "test")).startswith("finessl: error: run") and says in message
+    with pytest.raises(ValueError): load_run(tmp_path / "run")
+    (tmp_path / "run/model.safetensors").unlink()
+    if name != "record.json": assert "model.safetensors is missing" in refused("predict", "--run", "run", folder / "test")
+
+
 def test_weights_from_a_file(finessl, refused, tmp_path):
     from safetensors.torch import save_file
     torch.manual_seed(0)
@@ -305,7 +349,37 @@ def test_demo(finessl, tmp_path):
     assert json.loads((where / "finessl/record.json").read_text())["schedule"]["steps"] == 1
 
 
-# ---------------------------------------------------------------- Ctrl-C (during training: test_training.py)
+def test_demo_refuses_at_once(refused, tmp_path):
+    (tmp_path / "file").write_text("")
+    assert "--out file: file is a file" in refused("demo", "--out", "file")
+    assert "--out file/in: file is a file" in refused("demo", "--out", "file/in")
+    assert "--out: must name" in refused("demo", "--out", "")
+    (tmp_path / "runs/finessl").mkdir(parents=True)
+    (tmp_path / "runs/finessl/record.json").write_text('{"command": "finessl train --out runs/finessl"}')
+    assert "runs/finessl holds a run that is no demo's" in refused("demo", "--out", "runs").replace("\\", "/")
+    assert sorted(p.name for p in tmp_path.rglob("*")) == ["file", "finessl", "record.json", "runs"]
+
+
+# ---------------------------------------------------------------- Ctrl-C (during training: test_training.py; in a demo: test_survive.py)
+
+@pytest.mark.skipif(os.name == "nt", reason="signals as POSIX has them")
+def test_ctrl_c_at_any_early_moment(tmp_path):
+    code = "import runpy; print(flush=True); runpy.run_module('finessl', run_name='__main__', alter_sys=True)" # says when Python itself has started
+    commands = (["train", "--data", "digits", "--per-class", "1", "--steps", "100000", "--batch", "4", "--out", "run"], ["demo", "--steps", "10000"])
+    started = []
+    for k, seconds in enumerate((.2, .4, .7, 1.1, 1.6, 2.3, 3.3, 5.)):
+        (tmp_path / str(k)).mkdir()
+        p = subprocess.Popen([sys.executable, "-c", code, *commands[k % 2]], cwd=tmp_path / str(k), env=ENV, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        p.stdout.readline()
+        started.append((time.monotonic() + seconds, p))
+    for end, p in started:
+        time.sleep(max(0, end - time.monotonic()))
+        p.send_signal(signal.SIGINT)
+    for _, p in started:
+        err = p.communicate(timeout=240)[1]
+        assert p.returncode == 130 and err.startswith("finessl: ") and err.count("\n") == 1, (p.returncode, err)
+
+
 
 def test_ctrl_c_before_the_first_step(finessl, monkeypatch):
     def stop(*args, **kwargs): raise KeyboardInterrupt

@@ -180,7 +180,9 @@ def test_a_foreign_checkpoint_is_refused(encoder, tmp_path, changes, names):
     interrupted(encoder, tmp_path / "run", 3)
     before = (tmp_path / "run/checkpoint.pt").read_bytes()
     with pytest.raises(TrainingError, match="belongs to another run") as error: run(encoder, out=tmp_path / "run", resume=True, **changes)
-    assert names in str(error.value)
+    assert names in str(error.value) and any(names in d for d in error.value.differences)
+    more = len(error.value.differences) - 3
+    assert str(error.value).endswith(f"; and {more} more)" if more > 0 else " here)") and str(error.value).count(" there, ") <= 3
     assert (tmp_path / "run/checkpoint.pt").read_bytes() == before
 
 
@@ -188,6 +190,14 @@ def test_a_checkpoint_of_something_else_is_refused(encoder, tmp_path):
     (tmp_path / "run").mkdir()
     torch.save({"weights": torch.zeros(3)}, tmp_path / "run/checkpoint.pt")
     with pytest.raises(TrainingError, match="not a checkpoint of finessl"): run(encoder, out=tmp_path / "run", resume=True)
+
+
+def test_ctrl_c_in_the_last_step_ends_a_loop_over_runs_and_keeps_the_run(encoder, tmp_path, monkeypatch):
+    whole, real, calls = run(encoder, out=tmp_path / "whole"), FineSSL.__call__, []
+    monkeypatch.setattr(FineSSL, "__call__", lambda self, step, state: (calls.append(1), len(calls) % 12 or signal.raise_signal(signal.SIGINT), real(self, step, state))[-1])
+    with pytest.raises(KeyboardInterrupt, match="after the last step, record and model written"): run(encoder, out=tmp_path / "run")
+    assert outcome(tmp_path / "run")[0] == outcome(tmp_path / "whole")[0]
+    with pytest.raises(KeyboardInterrupt, match="after the last step"): run(encoder)
 
 
 def test_resume_without_a_checkpoint_starts_from_the_beginning(encoder, tmp_path):
