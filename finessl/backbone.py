@@ -371,7 +371,7 @@ def _fetch(source):
     for file in source.files:
         if isinstance(path := try_to_load_from_cache(source.repo, file), str): return path
     where, answer = f"{constants.ENDPOINT}/{source.repo}", "HF_HUB_OFFLINE is set"
-    bring = f"bring the file {source.files[0]} from {where} and name it with --checkpoint FILE (in Python checkpoint=FILE), or take --backbone pocket (in Python 'pocket'), which needs no download"
+    bring = f"bring the file {source.files[0]} from {where} and name it with --checkpoint FILE (in Python checkpoint=FILE); --backbone pocket (in Python 'pocket') needs no download"
     for file in source.files:
         if not constants.HF_HUB_OFFLINE: answer = _answer(f"{where}/resolve/main/{file}")
         if isinstance(answer, str): break # nobody there

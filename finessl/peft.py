@@ -127,7 +127,7 @@ def token_prompts(
     h = encoder.tokens(x)
     first = encoder.trunk.num_prefix_tokens if encoder.is_timm else 1
     total = len(h) * (h.shape[1] - first)
-    if not 0 <= n_prompts <= total: raise ValueError(f"n_prompts must be between 0 and {total}, the image tokens of {len(h)} images, got {n_prompts}")
+    if not 0 <= n_prompts <= total: raise ValueError(f"n_prompts (--prompts) must be between 0 and {total}, the image tokens of {len(h)} images, got {n_prompts}")
     g, out = torch.Generator().manual_seed(seed), []
     for block in encoder.blocks:
         out.append(h[:, first:].flatten(0, 1)[torch.randperm(total, generator=g)[:n_prompts].to(h.device)])

@@ -1,5 +1,5 @@
 """Encoders from real files: right, wrong, cut short, of another library; and no network."""
-import os
+import os, random
 import pickle
 import subprocess
 import sys
@@ -145,6 +145,15 @@ def test_other_files_and_folders(tmp_path):
     torch.save([1, 2], tmp_path / "list.pth")
     for path in (tmp_path / "picture.png", tmp_path / "list.pth", tmp_path / "none.pth", tmp_path): assert str(path) in failure("pocket", checkpoint=path)
     assert "checkpoint" in failure("pocket", checkpoint=True)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_noise_is_no_weights_file(tmp_path):
+    "Whatever torch's reader makes of it."
+    draw = random.Random(0)
+    for i in range(200):
+        (tmp_path / "noise").write_bytes(bytes(draw.choices(range(256) if i % 2 else b"train --data \n(]}.01acelpt", k=draw.randrange(1, 60))))
+        with pytest.raises(BackboneError, match="noise"): read_weights(tmp_path / "noise")
 
 
 @pytest.mark.parametrize("name, says", [

@@ -135,6 +135,13 @@ def test_options_reach_the_algorithm():
     (["--device", "gpu"], "--device gpu"),
     (["--checkpoint", "none.safetensors"], "none.safetensors"),
     (["--per-class", "1000"], "fewer than the 1000"),
+    (["--backbone", "pockets"], "--backbone pockets: no such encoder; there are pocket, open_clip:ARCHITECTURE/PRETRAINED and timm:NAME; did you mean pocket?"),
+    (["--backbone", "open_clip:ViT-B-16-quickgelu"], "or a local file with --checkpoint FILE"),
+    (["--checkpoint", __file__], "no weights file"),
+    (["--image-size", "30"], "the image size must be a multiple of 8 pixels for pocket, got 30"),
+    (["--normalisation", "encoder"], "--normalisation belongs to --preset"),
+    (["--labelled", "release"], "the release (labelled) drops the last incomplete batch: with 10 labelled images the batch must be <= 10, got 32"),
+    (["--prompt-init", "tokens", "--prompts", "500"], "(--prompts) must be between 0 and 160"),
 ])
 def test_mistakes_are_named(refused, tmp_path, argv, says):
     assert says in refused("train", "--data", "digits", "--per-class", "1", "--out", "run", *argv)
