@@ -458,6 +458,7 @@ def _permutation(seed: int, stream: int, epoch: int, n: int) -> Tensor:
 
 _large_permutation = functools.lru_cache(maxsize=4)(_permutation)
 _small_permutation = functools.lru_cache(maxsize=1024)(_permutation) # runs on one split draw the same ones
+_tiny_permutation = functools.lru_cache(maxsize=16_384)(_permutation) # a few labelled images: many a run, and those of ten splits stay at hand
 
 def batch_indices(
     seed: int, # the run's seed
@@ -468,7 +469,7 @@ def batch_indices(
 ) -> Tensor: # (batch,) int64, in [0, n)
     "Images of one step: places step·batch … of an endless row of permutations. Stateless; no image is ever dropped."
     if n < 1 or batch < 1 or step < 0: raise DataError(f"needs n >= 1, batch >= 1, step >= 0, got {n=}, {batch=}, {step=}")
-    permutation = _large_permutation if n > 4096 else _small_permutation
+    permutation = _large_permutation if n > 4096 else _small_permutation if n > 64 else _tiny_permutation
     first, last = step * batch // n, (step * batch + batch - 1) // n
     row = torch.cat([permutation(seed, stream, e, n) for e in range(first, last + 1)]) if last > first \
         else permutation(seed, stream, first, n)

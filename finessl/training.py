@@ -14,8 +14,8 @@ __all__ = ['EPOCHS', 'short', 'paper', 'LABELLED', 'UNLABELLED', 'VIEW_LB', 'VIE
            'differences', 'foremost', 'foreign', 'intact', 'newest', 'read_checkpoint', 'restore', 'take_up',
            'empty_log', 'attempt', 'said_of', 'out_of_memory', 'less_than', 'way_on', 'describe', 'split_of',
            'settings_of', 'refuse_bad', 'optimizer_of', 'evaluate', 'readable', 'leave_out', 'same_files', 'unreadable',
-           'whole_step', 'backward_in_parts', 'train_step', 'compiled', 'depth_for', 'fit', 'train', 'Stopwatch',
-           'postfix', 'finish']
+           'whole_step', 'backward_in_parts', 'train_step', 'compiled', 'depth_for', 'held', 'keep', 'fit', 'train',
+           'Stopwatch', 'postfix', 'finish']
 
 # %% ../nbs/05_training.ipynb #f869d55e
 import atexit, contextlib, dataclasses, datetime, errno, functools, hashlib, io, json, math, os, platform, signal, subprocess, sys, threading, time, traceback
@@ -825,9 +825,9 @@ def out_of_memory(e: Exception) -> bool:
 
 def less_than(e: Exception, batch: int, accumulate: int = 1) -> str:
     "What needs less memory than what failed."
-    if any(frame.name == "logits_of" for frame in traceback.extract_tb(e.__traceback__)): return "evaluations look at 256 images at once, whatever the batch; precision=\"bf16\" or smaller images need less"
+    if any(frame.name == "logits_of" for frame in traceback.extract_tb(e.__traceback__)): return "evaluations look at 256 images at once, whatever the batch; precision=\"bf16\" (--precision bf16) or smaller images need less"
     k, less = 2 * accumulate, max(1, batch // (2 * accumulate))
-    if batch < k: return "the batch cannot be cut further; fewer prompts, smaller images or precision=\"bf16\" need less"
+    if batch < k: return "the batch cannot be cut further; fewer prompts, smaller images or precision=\"bf16\" (--precision bf16) need less"
     return f"accumulate={k} (--accumulate {k}) takes it in {k} pieces and gives the same update; batch={less} (--batch {less}) needs as little, and is another run"
 
 def way_on(folder: Path|None) -> str:
@@ -990,6 +990,28 @@ def depth_for(dataset: Dataset, device) -> int:
     files = any(isinstance(x, ImageFiles) for x in (dataset.x_lb, dataset.x_ulb))
     return 2 if files or torch.device(device).type != "cpu" else 0
 
+# %% ../nbs/05_training.ipynb #ae9909fc
+@contextlib.contextmanager
+def held(
+    folder: Path|None, # None: nothing is written by this process
+    overwrite: bool = False # may it hold a finished run?
+):
+    "A run's folder, locked while it runs; one that holds a finished run is refused."
+    if folder is None:
+        yield
+        return
+    with folder_lock(folder):
+        if (folder / "record.json").exists() and not overwrite: raise TrainingError(f"{folder} holds a finished run; name another folder, or remove it")
+        yield
+
+def keep(
+    run: Run, folder: Path,
+    batch: int # labelled images per step, for an error
+):
+    "Write a finished run; its checkpoints have done their work."
+    attempt(lambda: run.save(folder), folder, batch)
+    for name in (CHECKPOINT, f"previous-{CHECKPOINT}"): (folder / name).unlink(missing_ok=True)
+
 # %% ../nbs/05_training.ipynb #e45043b3
 @in_one_world
 def fit(
@@ -1025,21 +1047,19 @@ def fit(
     refuse_bad(dataset, algorithm, schedule, seed, batch, mu, evals, checkpoint_every, labelled, precision, peft, prompt_init, accumulate, world.size)
     encoder, device = load_backbone(backbone) if isinstance(backbone, str) else backbone, world.device
     views, init_seed = views or default_views(dataset, encoder), seed if init_seed is None else init_seed
+    compile = device.type == "cuda" if compile is None else compile
     n_prompts = 0 if peft != "vpt" else default_prompts(encoder) if n_prompts is None else n_prompts
     settings = settings_of(dataset, encoder, algorithm, views, schedule, peft=peft, n_prompts=n_prompts, batch=batch, mu=mu, momentum=momentum, weight_decay=weight_decay,
                            seed=seed, init_seed=init_seed, labelled=labelled, precision=precision, evals=evals, prompt_init=prompt_init)
-    model, compile = build_model(encoder, len(dataset.classes), peft, n_prompts, init_seed).to(device), device.type == "cuda" if compile is None else compile
+    model = build_model(encoder, len(dataset.classes), peft, n_prompts, init_seed).to(device)
     if prompt_init == "tokens": start_from_tokens(model, dataset, views.plain, init_seed, device)
     folder = None if out is None else Path(out)
     world.agree(settings, "settings")
-    with folder_lock(folder) if folder is not None and world.first else contextlib.nullcontext(), Interrupt(deaf=float(world.size > 1)) as interrupt:
-        if folder is not None and world.first and (folder / "record.json").exists() and not overwrite: raise TrainingError(f"{folder} holds a finished run; name another folder, or remove it")
-        record = settings | attempt(lambda: train(model, dataset, views, algorithm, settings, schedule, device, folder, checkpoint_every, resume, progress, depth, compile, world, accumulate, interrupt), folder, batch, accumulate)
-        record |= environment(device) | {"compile": compile, "processes": world.size, "accumulate": accumulate, "checkpoint": getattr(encoder, "checkpoint", None), "command": command}
+    with held(folder if world.first else None, overwrite), Interrupt(deaf=float(world.size > 1)) as interrupt:
+        log = attempt(lambda: train(model, dataset, views, algorithm, settings, schedule, device, folder, checkpoint_every, resume, progress, depth, compile, world, accumulate, interrupt), folder, batch, accumulate)
+        record = settings | log | environment(device) | {"compile": compile, "processes": world.size, "accumulate": accumulate, "checkpoint": getattr(encoder, "checkpoint", None), "command": command}
         run = Run(model.eval(), record, views.plain, device)
-        if folder is not None and world.first:
-            attempt(lambda: run.save(folder), folder, batch)
-            for name in (CHECKPOINT, f"previous-{CHECKPOINT}"): (folder / name).unlink(missing_ok=True)
+        if folder is not None and world.first: keep(run, folder, batch)
         world.settle()
     if interrupt.asked: raise KeyboardInterrupt(f"stopped after the last step{'' if folder is None else ', record and model written'}")
     return run
