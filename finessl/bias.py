@@ -123,7 +123,7 @@ def plot_counts(
     classes, # C names
     order=None # classes from left to right; None: as they come
 ):
-    "Pseudo-labels per class as a multiple of the truth: bars are means over the runs, dots are runs."
+    "Pseudo-labels per class as a multiple of the truth: bars are means over the runs, dots are runs where there are several."
     truth = np.asarray(truth, float)
     order = np.arange(len(classes)) if order is None else np.asarray(order)
     width = .8 / len(counts)
@@ -131,7 +131,7 @@ def plot_counts(
         ratio = (np.asarray(c, float) / truth)[:, order]
         x = np.arange(len(order)) + (i - (len(counts) - 1) / 2) * width
         ax.bar(x, ratio.mean(0), width, color=colour(name), label=name)
-        ax.plot(np.tile(x, (len(ratio), 1)), ratio, ".", color="black", ms=2, alpha=.4)
+        if len(ratio) > 1: ax.plot(np.tile(x, (len(ratio), 1)), ratio, "o", color="black", ms=3.5, mec="white", mew=.6)
     ax.axhline(1, color=colour("truth"), lw=1, ls="--")
     ax.set_xticks(np.arange(len(order)), [classes[k] for k in order])
     ax.set_ylabel("pseudo-labels / true number")

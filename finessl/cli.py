@@ -402,15 +402,14 @@ def demo_picture(
     from finessl.bias import plot_counts
     from finessl.lab import colour, plot_over_steps
     some = records["FineSSL"]
-    fig = Figure(figsize=(11, 4), layout="constrained")
+    fig = Figure(figsize=(11, 4.3), layout="constrained")
     left, right = fig.subplots(1, 2)
     for name in (n for n in rows if n not in records): left.axhline(100 * rows[name]["accuracy"], color=colour(name), ls="--", lw=1.2, label=name)
     for name, r in records.items(): plot_over_steps(left, [r], "accuracy", name)
     left.set(ylabel=f"test accuracy (%), {some['n_test']} images", title=f"{some['n_lb']} labelled digits, seed {some['seed']}")
-    left.legend(fontsize=8, ncols=2)
     plot_counts(right, {n: [records[n]["evaluations"][-1]["pool_pl_counts"]] for n in ("labelled-only", "FixMatch", "FineSSL")}, truth, some["classes"])
-    right.set(xlabel="class", title="pseudo-labels of the pool at the end")
-    right.legend(fontsize=8)
+    right.set(xlabel="class", title="pseudo-labels of the pool at the end; dashed: the truth")
+    fig.legend(*left.get_legend_handles_labels(), fontsize=9, frameon=False, ncols=len(rows), loc="outside lower center")
     fig.savefig(path, dpi=120, format="png")
 
 # %% ../nbs/80_cli.ipynb #d17b9004

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['SCHEDULE', 'BATCH', 'PROMPTS', 'EVALS', 'ROWS', 'MAIN', 'OPEN_SET', 'DIFFERENCES', 'REFERENCES', 'TRIALS', 'GAMMAS',
            'MAP_LRS', 'STUDIES', 'jobs_of', 'run_job', 'run_study', 'run_references', 'chosen', 'main', 'results',
-           'wide', 'mean_sd', 'differences', 'Markdown', 'markdown_table', 'main_results', 'headline', 'plot_digits']
+           'wide', 'mean_sd', 'differences', 'Markdown', 'markdown_table', 'main_results', 'headline', 'spread',
+           'plot_digits']
 
 # %% ../nbs/14_comparison.ipynb #2743d662
 import argparse, json, math, multiprocessing, os, sys, time
@@ -235,6 +236,17 @@ def headline(
     return Markdown(f"{markdown_table(table, 'method')}\n\n{note}")
 
 # %% ../nbs/14_comparison.ipynb #e5948ef0
+def spread(
+    values: list[float], # sorted
+    gap: float
+) -> list[float]: # sorted, neighbours at least `gap` apart
+    "Places near values: those too close to each other stand evenly around their mean."
+    groups = []
+    for v in values:
+        groups.append([v])
+        while len(groups) > 1 and np.mean(groups[-1]) - np.mean(groups[-2]) < gap * sum(map(len, groups[-2:])) / 2: groups[-2:] = [groups[-2] + groups[-1]]
+    return [np.mean(g) + gap * (i - (len(g) - 1) / 2) for g in groups for i in range(len(g))]
+
 def plot_digits(
     df: pd.DataFrame, # from `results` of references and constants
     ax
@@ -248,9 +260,8 @@ def plot_digits(
         ax.plot(np.log2(m.index), m, "--" if row in REFERENCES else "-o", color=COLOURS[row], lw=1.5 if row in REFERENCES else 2.2, ms=5)
         if row in shift: ax.plot(np.log2(d.N) + shift[row], d.accuracy, ".", color=COLOURS[row], alpha=.3, ms=4)
         ends.append((m.iloc[-1], row))
-    place = -math.inf
-    for value, row in sorted(ends):                            # names at the right end, pushed apart
-        place = max(value, place + 2.2)
-        ax.annotate(row, (2.12, place), va="center", color=COLOURS[row], fontsize=9, annotation_clip=False)
+    for (value, row), place in zip(sorted(ends), spread([v for v, _ in sorted(ends)], 2.3)): # a name for each line's end
+        ax.plot([2.06, 2.11, 2.16, 2.18], [value, value, place, place], color=COLOURS[row], lw=.8, clip_on=False)
+        ax.annotate(row, (2.2, place), va="center", color=COLOURS[row], fontsize=9, annotation_clip=False)
     ax.set_xticks([0, 1, 2], [1, 2, 4]); ax.set_xlim(-.15, 2.08)
     ax.set_xlabel("labelled images per class"); ax.set_ylabel("test accuracy, %")
