@@ -110,7 +110,8 @@ def answers(
     "Whether a server has a file."
     said = [f"no answer within {seconds:g} s"]
     def ask():
-        try: said[0] = "" if urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=seconds).status == 200 else "refused"
+        try:
+            with urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=seconds) as answer: said[0] = "" if answer.status == 200 else f"answer {answer.status}"
         except urllib.error.HTTPError as error: said[0] = f"answer {error.code}"
         except (OSError, ValueError, HTTPException) as error: said[0] = str(getattr(error, "reason", error)) or type(error).__name__
     thread = threading.Thread(target=ask, daemon=True)

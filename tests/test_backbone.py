@@ -1,6 +1,7 @@
 """Encoders from real files: right, wrong, cut short, of another library; and no network."""
-import os, random
+import os
 import pickle
+import random
 import subprocess
 import sys
 
