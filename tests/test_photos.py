@@ -28,11 +28,11 @@ def test_a_smaller_number_of_labels_lies_inside_a_larger_one_and_both_in_the_poo
 
 
 def test_every_kind_of_run_gives_a_record_that_json_can_write(tmp_path, monkeypatch):
-    monkeypatch.setattr(photos, "SCHEDULE", Schedule(3))
+    for name in ("SCHEDULE", "LONGER"): monkeypatch.setattr(photos, name, Schedule(3))
     monkeypatch.setattr(photos, "PROMPTS", 2)
     dataset, encoder = photos.photo_split(folder(tmp_path), 1, seed=0, pool=4, test=3), tiny_encoder("timm")
     jobs = {(j["row"], j["start"]): j for j in photos.jobs_of((0,)) if j["n_per_class"] == (1 if j["row"] in ("encoder", *photos.methods(1)) else 4)}
-    assert len(jobs) == 1 + 3 * 2 + len(photos.SUSPECTS)
+    assert len(jobs) == 1 + 3 * 2 + len(photos.SUSPECTS) + 3   # with both starts, and longer
     for (row, start), job in jobs.items():
         record = json.loads(json.dumps(photos.run_photo(job, dataset, encoder)))
         assert (record["row"], record["start"]) == (row, start)

@@ -193,7 +193,8 @@ def test_a_checkpoint_of_something_else_is_refused(encoder, tmp_path):
 
 
 def test_ctrl_c_in_the_last_step_ends_a_loop_over_runs_and_keeps_the_run(encoder, tmp_path, monkeypatch):
-    whole, real, calls = run(encoder, out=tmp_path / "whole"), FineSSL.__call__, []
+    run(encoder, out=tmp_path / "whole")
+    real, calls = FineSSL.__call__, []
     monkeypatch.setattr(FineSSL, "__call__", lambda self, step, state: (calls.append(1), len(calls) % 12 or signal.raise_signal(signal.SIGINT), real(self, step, state))[-1])
     with pytest.raises(KeyboardInterrupt, match="after the last step, record and model written"): run(encoder, out=tmp_path / "run")
     assert outcome(tmp_path / "run")[0] == outcome(tmp_path / "whole")[0]
