@@ -464,7 +464,7 @@ def demo(args):
         if not args.resume: clear(args.out)
         args.begun = True                                      # from here on there is something to go on with
         say(f"{len(dataset.x_lb)} labelled digits, {len(dataset.x_ulb)} in the pool, {len(dataset.x_test)} for the test")
-        rows, records = references(dataset, args.per_class, args.seed, encoder), trained_rows(args, dataset, encoder)
+        records, rows = trained_rows(args, dataset, encoder), references(dataset, args.per_class, args.seed, encoder)
         rows |= {name: {"accuracy": r["evaluations"][-1]["accuracy"], "seconds": r["seconds"]} for name, r in records.items()}
         truth = dataset.y_ulb.bincount(minlength=len(dataset.classes)).tolist()
         write_json(args.out / "demo.json", {"n_per_class": args.per_class, "seed": args.seed, "rows": rows, "pool_per_class": truth})

@@ -156,10 +156,10 @@ FAULTS = {   # name -> what is put into place, what is run, given the folder of 
     "a folder that is a file": (lambda o: o.write_text("a file"), go),
     "a folder below a file": (lambda o: (o.parent / "file").write_text("a file"), lambda o, resume=False: go(o.parent / "file/run")),
 }
-DEMO = "finessl demo --steps 4 --quiet --out"
-STOPS = {"labelled-only": (LabelledOnly, 2, "labelled-only stopped after step 2 of 4, checkpoint written"), # name -> what Ctrl-C strikes, in which step, what is said
-         "FixMatch": (FixMatch, 4, "FixMatch stopped after the last step, record and model written"),
-         "FineSSL": (FineSSL, 3, "FineSSL stopped after step 3 of 4, checkpoint written")}
+DEMO = "finessl demo --steps 2 --quiet --out"
+STOPS = {"labelled-only": (LabelledOnly, 1, "labelled-only stopped after step 1 of 2, checkpoint written"), # name -> what Ctrl-C strikes, in which step, what is said
+         "FixMatch": (FixMatch, 2, "FixMatch stopped after the last step, record and model written"),
+         "FineSSL": (FineSSL, 1, "FineSSL stopped after step 1 of 2, checkpoint written")}
 WHOLE = {"demo": lambda o: program(f"{DEMO} {o}"), "go": go, "train": lambda o: terminal(f"{TRAIN} {o}"), "much": lambda o: terminal(f"{MUCH} {o}")}
 
 
@@ -337,7 +337,7 @@ def test_a_stopped_demo_goes_on_by_the_command_that_it_prints(happened, name):
         assert a[0] == b[0] and a[1].pop("command").removesuffix(str(out)) == b[1].pop("command").removesuffix(str(whole))
         same_record(a[1], b[1])
         assert [r["step"] for r in a[1]["resumes"]] == ([STOPS[name][1]] if method == name and "checkpoint" in STOPS[name][2] else [])
-    assert cli.main(shlex.split(f"demo --out {out} --steps 3 --resume")) == 1   # another demo than the one there
+    if name == "FineSSL": assert cli.main(shlex.split(f"demo --out {out} --steps 3 --resume")) == 1   # another demo than the one there
 
 
 # ---------------------------------------------------------------- the lock
