@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['SCHEDULE', 'BATCH', 'PROMPTS', 'EVALS', 'ROWS', 'MAIN', 'OPEN_SET', 'DIFFERENCES', 'REFERENCES', 'TRIALS', 'GAMMAS',
-           'MAP_LRS', 'STUDIES', 'jobs_of', 'run_job', 'run_study', 'run_references', 'chosen', 'main', 'results',
-           'wide', 'mean_sd', 'differences', 'Markdown', 'markdown_table', 'main_results', 'headline', 'spread',
-           'plot_digits']
+           'MAP_LRS', 'STUDIES', 'HOURS', 'jobs_of', 'run_job', 'say_recorded', 'run_study', 'run_references', 'chosen',
+           'main', 'results', 'wide', 'mean_sd', 'differences', 'Markdown', 'markdown_table', 'main_results',
+           'headline', 'spread', 'plot_digits']
 
 # %% ../nbs/14_comparison.ipynb #2743d662
 import argparse, json, math, multiprocessing, os, sys, time
@@ -93,6 +93,13 @@ def _worker(jobs, results):
     while (job := jobs.get()) is not None and multiprocessing.parent_process().is_alive(): results.put(run_job(job, encoder))
 
 # %% ../nbs/14_comparison.ipynb #06d2f40c
+def say_recorded(
+    path: Path, # of the records
+    n: int # runs
+):
+    "Say that nothing is left to run."
+    print(f"all {n} runs of {path.stem} are recorded in {path.parent}; --records NEW makes them again", flush=True)
+
 def run_study(
     study: str, # one of STUDIES
     records: Path, # folder of the records; one line a run is appended to STUDY.jsonl
@@ -102,8 +109,10 @@ def run_study(
     path = Path(records) / f"{study}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
     if study == "references": return run_references(path)
+    wanted = jobs_of(study, Path(records))
     done = {(r["row"], r["n_per_class"], r["seed"]) for r in read_records(path)}
-    jobs = [j for j in jobs_of(study, Path(records)) if (j["row"], j["n_per_class"], j["seed"]) not in done]
+    jobs = [j for j in wanted if (j["row"], j["n_per_class"], j["seed"]) not in done]
+    if not jobs: return say_recorded(path, len(wanted))
     ctx = multiprocessing.get_context("spawn")
     queue, results = ctx.Queue(), ctx.Queue()
     for job in jobs + [None] * workers: queue.put(job)
@@ -123,7 +132,7 @@ def run_references(
     path: Path # of the records
 ):
     "What needs no training in steps: raw pixels, zero-shot, linear probe; on the same splits, seconds in all."
-    if path.exists(): return
+    if path.exists(): return say_recorded(path, len(read_records(path)))
     lab = Lab(n_weak=1, n_strong=1)
     lines = [{"study": "references", "row": row, "n_per_class": n, "known": known, "dev": False, "command": "python -m finessl.comparison references"}
              | lab.settings | f(lab, n, s, known).record | {"seed": s}
@@ -139,14 +148,21 @@ def chosen(records: Path) -> dict: # method -> number of its trial
     return {m: max(range(len(t)), key=lambda i: means[f"{m} #{i}"]) for m, t in TRIALS.items()}
 
 # %% ../nbs/14_comparison.ipynb #1ba90c3f
+HOURS = {"references": 0., "constants": 1.6, "more": 2.7, "open": .8, "tune": .7, "tuned": 1.2, "differences": .4, "map": .3} # core hours of each study, as recorded
+
 def main(argv=None):
     "Run studies from the command line: `python -m finessl.comparison STUDY … --records FOLDER`."
-    ap = argparse.ArgumentParser(prog="python -m finessl.comparison", description="Run the studies of the comparison notebook and record every run.")
+    ap = argparse.ArgumentParser(prog="python -m finessl.comparison", description="Run the studies of the comparison notebook and record every run.",
+        epilog="Runs that are recorded already are left as they are. From nothing, one core needs, in hours: " + ", ".join(f"{s} {h:g}" if h else f"{s} under a minute" for s, h in HOURS.items())
+               + f"; {sum(HOURS.values()):.1f} in all, divided by the number of workers.")
     ap.add_argument("studies", nargs="*", help=f"of {', '.join(STUDIES)}; none named: all")
     ap.add_argument("--records", type=Path, default=Path("figures/records"), help="folder of the records (%(default)s)")
     ap.add_argument("--workers", type=int, default=os.cpu_count(), help="processes of one thread each (%(default)s)")
     args = ap.parse_args(argv)
-    for study in args.studies or STUDIES: run_study(study, args.records, args.workers)
+    if unknown := [s for s in args.studies if s not in STUDIES]: ap.error(f"unknown study {unknown[0]!r}; there are: {', '.join(STUDIES)}")
+    try:
+        for study in args.studies or STUDIES: run_study(study, args.records, args.workers)
+    except FileNotFoundError as error: ap.error(str(error)) # "tuned" without "tune"
 
 # %% ../nbs/14_comparison.ipynb #fd4f6a86
 #| eval: false

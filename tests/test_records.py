@@ -1,5 +1,7 @@
 "Every record names the encoder that made it, and it is the one in the package; every picture has its data beside it."
 from pathlib import Path
+import pytest
+from finessl import comparison
 from finessl.backbone import load_backbone
 from finessl.training import read_records
 
@@ -28,3 +30,23 @@ def test_every_picture_has_its_data_beside_it():
     pictures = sorted((root / "figures").glob("*.png"))
     assert pictures
     for p in pictures: assert p.with_suffix(".csv").exists() or p.with_suffix(".json").exists(), f"{p.name} stands without its data"
+
+
+def test_a_study_that_is_recorded_says_so_and_how_to_make_it_again(capsys):
+    folder = root / "figures" / "records"
+    before = {p: p.stat().st_mtime_ns for p in folder.glob("*.jsonl")}
+    comparison.main(["references", "constants", "more", "--records", str(folder)])
+    assert capsys.readouterr().out.splitlines() == [f"all {n} runs of {study} are recorded in {folder}; --records NEW makes them again"
+                                                    for study, n in (("references", 360), ("constants", 270), ("more", 270))]
+    assert {p: p.stat().st_mtime_ns for p in folder.glob("*.jsonl")} == before
+
+
+def test_how_long_the_studies_take_is_what_the_records_say(capsys):
+    for study, hours in comparison.HOURS.items():
+        records = read_records(root / "figures" / "records" / f"{study}.jsonl")
+        assert round(sum(r["seconds"] + r["eval_seconds"] for r in records) / 3600, 1) == hours, study
+    with pytest.raises(SystemExit): comparison.main(["--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "constants 1.6" in said and f"{sum(comparison.HOURS.values()):.1f} in all" in said
+    with pytest.raises(SystemExit, match="2"): comparison.main(["mre"])
+    assert "unknown study 'mre'" in capsys.readouterr().err
