@@ -57,7 +57,7 @@ def number(kind, least, most=float("inf"), least_allowed: bool = True): # -> a t
         try: value = kind(text)
         except ValueError: raise argparse.ArgumentTypeError(f"must be {'a whole' if kind is int else 'a'} number, got {text!r}") from None
         if not least <= value <= most or value in (float("inf"), least if not least_allowed else None):
-            low = f"{'>=' if least_allowed else '>'} {least}"
+            low = f"{'' if abs(value) < float('inf') else 'finite and '}{'>=' if least_allowed else '>'} {least}"
             raise argparse.ArgumentTypeError(f"must be {low if most == float('inf') else f'from {least} to {most}'}, got {text}")
         return value
     return parse
@@ -260,16 +260,18 @@ def train_as_told(args, device): # device: a name, or None
     from finessl.training import Schedule
     from finessl.views import NORMALISATION, natural_views
     say = (lambda text: None) if args.quiet or rank() else lambda text: print(text, flush=True)
+    encoder = load_backbone(args.backbone, args.checkpoint, args.image_size) # before any image is decoded
     dataset, algorithm = dataset_of(args), algorithm_of(args)
-    encoder = load_backbone(args.backbone, args.checkpoint, args.image_size)
     skipped = f"; left out as unreadable: {dataset.split.skipped}" if dataset.split.skipped else ""
     say(f"{args.data}: {len(dataset.classes)} classes, {len(dataset.x_lb)} labelled images, {len(dataset.x_ulb)} in the pool, {len(dataset.x_test)} for the test{skipped}")
     run = fit_on(args.processes, dataset, encoder, algorithm, peft=args.peft, n_prompts=args.prompts, schedule=Schedule(args.steps, args.lr, args.decay, args.clear_every), batch=args.batch, mu=args.mu,
               views=natural_views(encoder.image_size, *NORMALISATION[args.normalise]) if args.normalise else None, labelled=args.labelled, seed=args.seed, init_seed=args.init_seed, prompt_init=args.prompt_init, device=device, precision=args.precision, evals=args.evals, out=args.out,
               checkpoint_every=args.checkpoint_every, resume=args.resume, progress=bar(args), command=args.command_line, accumulate=args.accumulate)
     last = run.record["evaluations"][-1]
-    score = "no test part" if last.get("accuracy") is None else f"{last['accuracy']:.1%} of {len(dataset.x_test)} test images right"
-    if lost := run.record["unreadable"]: say(f"left out as unreadable while training: {len(lost)} ({lost[0]}{', …' if len(lost) > 1 else ''}), named in record.json")
+    lost = run.record["unreadable"]
+    tested = len(dataset.x_test) - (sum(dataset.x_test.left_out.name(f) in lost for f in dataset.x_test.files) if lost else 0)
+    score = "no test part" if last.get("accuracy") is None else f"{last['accuracy']:.1%} of {tested} test images right"
+    if lost: say(f"left out as unreadable while training: {len(lost)} ({lost[0]}{', …' if len(lost) > 1 else ''}), named in record.json")
     say(f"{score} after {last['step']} steps in {run.record['seconds']:.1f} s; record and model are in {args.out}")
 
 # %% ../nbs/80_cli.ipynb #86dfb7c4
@@ -527,6 +529,7 @@ def bench(args):
     device = device_of(args.device) or default_device()
     every = [v for v in VARIANTS if v != "finessl-graphs" or device.startswith("cuda")]
     names = [v for word in args.variants.split(",") for v in {"chain": gpu.CHAIN, "all": every}.get(word, [word])]
+    if refused := next((v for v in names if v not in every), None): raise UsageError(f"--variants {refused} needs --device cuda")
     say = lambda text: print(text, file=sys.stderr, flush=True)
     result = gpu.bench(args.backbone, args.batch, device, tuple(dict.fromkeys(names)), args.steps, args.precision, args.image_size, args.prompts, say=say) | {"command": args.command_line}
     print(gpu.bench_table(result))
@@ -605,8 +608,9 @@ def end_at_once(text: str):
 
 def sentence_of(e: Exception): # -> message, exit code
     "What to print for an error: its own sentence where it is one of ours, its type otherwise."
-    if type(e).__name__ in ("TrainingError", "Lost"): return str(e), 1
+    if type(e).__name__ in ("TrainingError", "NotFinite", "Lost"): return str(e), 1
     said = f"{e.filename}: {e.strerror.lower()}" if isinstance(e, OSError) and e.filename and e.strerror else str(e)
+    if "cannot read image" in said and "none is left" not in said: said += " (or leave such files out with --skip-unreadable)"
     if isinstance(e, (ValueError, FileNotFoundError)): return said, 2
     if isinstance(e, OSError): return said, 1
     return f"{type(e).__name__}: {e} (FINESSL_DEBUG=1 shows where)", 1
@@ -616,7 +620,9 @@ def how_to_go_on(stopped: str, argv: list[str], args) -> str:
     again, command = shlex.join([*program().split(), *(a for a in argv if a != "--resume")]), argv[0] if argv else ""
     there = lambda pattern: hasattr(args, "out") and any(args.out.glob(pattern))
     if command == "train" and there("record.json"): return f"{stopped or 'stopped when the run was done'}; it is in {args.out}"
-    if command == "train" and there("*checkpoint.pt"): return f"{stopped or 'stopped at once, the last checkpoint is kept'}; go on with: {again} --resume"
+    if command == "train" and there("*checkpoint.pt"):
+        started = "the same torchrun command and --resume" if int(os.environ.get("WORLD_SIZE", 1)) > 1 else f"{again} --resume"
+        return f"{stopped or 'stopped at once, the last checkpoint is kept'}; go on with: {started}"
     if command == "demo" and (getattr(args, "resume", False) or hasattr(args, "begun")) and (there("*/record.json") or there("*/*checkpoint.pt")):
         return f"{stopped or 'stopped at once, what was finished is kept'}; go on with: {again} --resume"
     return f"stopped{' before the first checkpoint' if command in ('train', 'demo') else ''}; start again with: {again}"

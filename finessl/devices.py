@@ -179,7 +179,7 @@ def reason(folder: Path, codes: list[int]) -> BaseException|None: # codes: exit 
     silent = [r for r, code in enumerate(codes) if code and not files[r].exists()]
     if any(codes[r] == 130 for r in silent): return KeyboardInterrupt()
     if any(codes[r] == NO_ROOM for r in silent): return no_room(folder)
-    if silent: return TrainingError(f"process {silent[0]} of {len(codes)} was killed ({'out of memory?' if codes[silent[0]] == -9 else f'exit code {codes[silent[0]]}'}), and the others ended with it; a checkpoint, where one was written, is kept")
+    if silent: return TrainingError(f"process {silent[0]} of {len(codes)} was killed ({'out of memory?' if codes[silent[0]] == -9 else f'exit code {codes[silent[0]]}'}), and the others ended with it; a checkpoint, where one was written, is kept: go on with --resume (in Python resume=True)")
     return said[0] if said else None
 
 # %% ../nbs/15_devices.ipynb #7ddb18cf
@@ -335,4 +335,4 @@ def reckon(
     parts = {"launching": least_ms, "computing": (step_ms - least_ms) * batch / gpus / 32, "bytes": moved / (link * 1e6), "latency": 0. if gpus == 1 else 2 * wait / 1e3}
     decoding, alone = 2 * batch / gpus * decode_ms / cores, sum(parts.values())
     bound, step = "decoding" if decoding > alone else max(parts, key=parts.get), max(alone, decoding)
-    return {"gpus": gpus, "labelled images": batch, **{f"{k}, ms": round(v, 3) for k, v in (parts | {"decoding": decoding}).items()}, "step, ms": round(step, 2), "images/s": round(2 * batch / step * 1e3), "bound by": bound}
+    return {"gpus": gpus, "labelled images": batch, **{f"{k}, ms": round(v, 3) for k, v in (parts | {"decoding": decoding}).items()}, "step, ms": round(step, 2), "images/s": round(2 * batch / step * 1e3), "bound by": bound} # an image counts once, whatever its views

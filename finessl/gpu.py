@@ -300,6 +300,8 @@ def noise(b: Bench) -> Tensor: # uint8 (512, 3, image_px, image_px)
 # %% ../nbs/13_gpu.ipynb #5d0cf3e4
 class Trainer:
     "One variant at work: `.images(t)` and `.step(images, t)`."
+    accumulate = 1 # pieces of a step
+
     def __init__(self, v: Variant, b: Bench):
         self.v, self.b = v, b._replace(precision="float32") if v.precision == "release" and b.device.type == "cpu" else b
         self.algorithm = (HostFineSSL if v.pace == "host" else FineSSL)()
@@ -330,7 +332,7 @@ class Trainer:
     def step(self, images: dict, t: int) -> Tensor: # the loss
         "Step `t`."
         b, lr = self.b, lr_at(self.b.schedule, t)
-        if self.v.update == "fused": return train_step(self.model, images, self.algorithm, self.state, self.optimizer, self.guard, self.meter, t, lr, b.device, b.precision, self.logits)
+        if self.v.update == "fused": return train_step(self.model, images, self.algorithm, self.state, self.optimizer, self.guard, self.meter, t, lr, b.device, b.precision, self.logits, accumulate=self.accumulate)
         with autocast(b.device, b.precision): step = self.logits(self.model, images, self.algorithm, b.device)
         loss, _ = self.algorithm(step, self.state)
         self.optimizer.zero_grad()
@@ -359,11 +361,12 @@ def on_meta(b: Bench): # -> the same benchmark on the meta device
     with torch.device("meta"): encoder = load_backbone(b.encoder.name, False, b.encoder.image_size)
     yield b._replace(encoder=encoder, device=torch.device("meta"), precision="float32")
 
-def dry_steps(v: Variant, b: Bench, steps: int = 2):
+def dry_steps(v: Variant, b: Bench, steps: int = 2, accumulate: int = 1): # accumulate: pieces that a step's images are computed in
     "Steps of a variant on the meta device."
     with on_meta(b) as m:
         trainer = Trainer(v, m)
         trainer.optimizer = NoUpdate([p for p in trainer.model.parameters() if p.requires_grad], lr=.1)
+        trainer.accumulate = accumulate
         for t in range(steps): trainer.step(trainer.images(t), t)
 
 # %% ../nbs/13_gpu.ipynb #62c0d921
@@ -524,12 +527,12 @@ def report(b: Bench, found: dict, times: dict, parts: dict, flops: dict, product
 def bench_table(result: dict) -> str:
     "What `finessl bench` prints."
     head = f"{result['device']}, {result['encoder']} at {result['image_size']} px, {'+'.join(map(str, result['views_per_step']))} views a step, {result['precision']}; {measured(result)}"
-    lines = [f"{'variant':<16}{'step ms':>10}{'with views':>12}{'images/s':>10}{'views/s':>9}{'MFU':>7}{'memory MB':>11}{'views':>7}{'encoder':>9}{'rest':>6}{'15,000 steps':>14}"]
+    lines = [f"{'variant':<16}{'step ms':>10}{'with views':>12}{'images/s':>10}{'views/s':>9}{'MFU':>7}{'memory MB':>11}{'views':>7}{'encoder':>9}{'rest':>6}{'15,000 steps*':>15}"]
     for name, v in result["variants"].items():
         memory = "-" if v["peak_memory_mb"] is None else f"{v['peak_memory_mb']:,.0f}"
         share = v["share"]
-        lines.append(f"{name:<16}{v['step_ms']:>10,.1f}{v['step_with_views_ms']:>12,.1f}{v['images_per_s']:>10,.1f}{v['views_images_per_s']:>9,.0f}{v['mfu']:>7.1%}{memory:>11}{share['views']:>7.0%}{share['encoder']:>9.0%}{share['rest']:>6.0%}{v['preset_seconds']:>12,.0f} s")
-    return "\n".join([head, *lines])
+        lines.append(f"{name:<16}{v['step_ms']:>10,.1f}{v['step_with_views_ms']:>12,.1f}{v['images_per_s']:>10,.1f}{v['views_images_per_s']:>9,.0f}{v['mfu']:>7.1%}{memory:>11}{share['views']:>7.0%}{share['encoder']:>9.0%}{share['rest']:>6.0%}{v['preset_seconds']:>13,.0f} s")
+    return "\n".join([head, *lines, "* training alone, without evaluations; an image counts once for each of its views"])
 
 def measured(result: dict) -> str:
     "The matrix product, and the clock of what is reckoned with it; a record that names no clock is in CPU time."
@@ -573,7 +576,8 @@ def draw_gains(results: dict): # label -> result
     fig, axes = plt.subplots(1, len(results), figsize=(8, 2.6), layout="constrained", sharex=True)
     for ax, (label, result) in zip(axes, results.items()):
         rows = gains(result)
-        ax.barh(list(rows), [r["CPU, s"] for r in rows.values()], color="#4c72b0")
+        names = [f"{n} (float32)" if n == "naive" and result["precision"] == "bf16" and "cpu" in result["device"] else n for n in rows]
+        ax.barh(names, [r["CPU, s"] for r in rows.values()], color="#4c72b0")
         for i, r in enumerate(rows.values()): ax.text(r["CPU, s"], i, f" {r['CPU, s']:.1f}", va="center", fontsize=8)
         ax.invert_yaxis()
         ax.set(xlabel="CPU seconds a step", title=label)

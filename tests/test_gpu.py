@@ -13,7 +13,7 @@ from finessl.cli import main
 from finessl.data import DataError, ImageFiles, check_dataset, digits
 from finessl.gpu import CHAIN, VARIANTS, Bench, Trainer, compilations, dry_steps, image_lists, step_flops
 from finessl.training import FixMatch, Schedule, ahead, fit, on_device, step_images
-from finessl.views import natural_views
+from finessl.views import OPERATIONS, natural_views, rand_augment
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 tiny = "timm:vit_tiny_patch16_224"
@@ -138,8 +138,15 @@ def test_a_form_of_attention_is_one_encoders_alone():
 
 def test_a_step_fetches_nothing():
     check_fetches_nothing(lambda device: dry_steps(VARIANTS["finessl"], small()))
+    check_fetches_nothing(lambda device: dry_steps(VARIANTS["finessl"], small(), accumulate=2))
     with pytest.raises(AssertionError, match="asks the device"):
         check_fetches_nothing(lambda device: dry_steps(VARIANTS["finessl"]._replace(pace="host"), small()))
+
+
+@pytest.mark.parametrize("k", range(len(OPERATIONS)), ids=[name for name, *_ in OPERATIONS])
+def test_an_operation_of_randaugment_fetches_nothing(k):
+    x = dict(size=(2, 3, 32, 32), dtype=torch.uint8)
+    check_fetches_nothing(lambda device: rand_augment(torch.empty(**x, device=device), torch.full((2,), k), torch.tensor([1, 9]), torch.tensor([-1, 1])))
 
 
 def test_operations_fall_along_the_chain():
