@@ -14,7 +14,8 @@ from torch import Tensor
 from .margin import LearningPace, balanced_margin_loss, class_margins
 from .smoothing import smooth_targets
 from .reweighting import confidence_weights
-from .training import Step
+from .data import _whole
+from .training import Step, refuse_outside
 
 # %% ../nbs/11_algorithms.ipynb #5f5f6ce5
 def masked_mean(
@@ -57,8 +58,8 @@ def finessl_loss(
     "The loss of FineSSL (Gan & Wei 2024, total objective), in the paper's form or the released code's."
     if form not in ("code", "paper"): raise ValueError(f'form must be "code" or "paper", got {form!r}')
     if margin_on not in ("both", "unlabelled"): raise ValueError(f'margin_on must be "both" or "unlabelled", got {margin_on!r}')
-    if not gamma >= 0: raise ValueError(f"gamma must be >= 0, got {gamma}")
-    if not 0 <= zeta <= 1: raise ValueError(f"zeta must lie in [0, 1], got {zeta}")
+    refuse_outside("gamma", gamma)
+    refuse_outside("zeta", zeta, 0, 1)
     if len(z_ulb_s) % len(z_ulb_w): raise ValueError(f"z_ulb_s must hold V strong views of each of the {len(z_ulb_w)} weak ones, got {len(z_ulb_s)}")
     V, C = len(z_ulb_s) // len(z_ulb_w), z_lb.shape[1]
     conf, pl = z_ulb_w.detach().softmax(1).max(1)
@@ -84,11 +85,9 @@ def refuse_settings(
     "Raise ValueError for a setting that is not allowed; the message names it."
     for name, values in CHOICES.items():
         if getattr(a, name) not in values: raise ValueError(f"{name} must be one of {values}, got {getattr(a, name)!r}")
-    for name in ("zeta", "lam"):
-        if not 0 <= getattr(a, name) <= 1: raise ValueError(f"{name} must lie in [0, 1], got {getattr(a, name)}")
-    for name in ("alpha", "gamma"):
-        if not getattr(a, name) >= 0: raise ValueError(f"{name} must be >= 0, got {getattr(a, name)}")
-    if a.n_strong < 1: raise ValueError(f"n_strong must be >= 1, got {a.n_strong}")
+    for name in ("zeta", "lam"): refuse_outside(name, getattr(a, name), 0, 1)
+    for name in ("alpha", "gamma"): refuse_outside(name, getattr(a, name))
+    _whole("n_strong", a.n_strong, 1)
 
 # %% ../nbs/11_algorithms.ipynb #8ff55606
 @dataclasses.dataclass(frozen=True)

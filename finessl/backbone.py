@@ -151,6 +151,7 @@ class _Anatomy(nn.Module):
         self.width = trunk.embed_dim if self.is_timm else len(trunk.class_embedding)
         self.patch_size = trunk.patch_embed.feat_ratio() if self.is_timm else trunk.patch_size[0] # pixels per token, along an edge
         self.image_size = (trunk.patch_embed.img_size if self.is_timm else trunk.image_size)[0]
+        self.eval()
 
     def train(self, mode=True): return super().train(False) # an encoder has no training mode
 

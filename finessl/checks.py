@@ -568,6 +568,8 @@ def check_finessl_loss(f):
     loss, parts = f(*t, margins)
     assert set(parts) == {"lb", "ulb", "aux_lb", "aux_ulb"}
     assert_close(parts["lb"] + 3. * parts["ulb"] + parts["aux_lb"] + parts["aux_ulb"], loss)
+    even = torch.zeros(2, 2, dtype=torch.float64) # two classes alike: a confidence of exactly ζ = 0.5 counts
+    assert_close(f(even, torch.tensor([0, 1]), *[even] * 5, even[0], zeta=.5)[1]["aux_ulb"], torch.tensor(2., dtype=torch.float64).log())
     once = f(*t[:3], t[3][:5], *t[4:6], t[6][:5], margins)[0]
     assert_close(f(*t[:3], t[3][:5].repeat(2, 1), *t[4:6], t[6][:5].repeat(2, 1), margins)[0], once) # a view twice is the view
     order = torch.tensor([4, 2, 0, 1, 3])
@@ -601,7 +603,7 @@ def check_finessl_algorithm(make):
         a(step(a.n_strong), state)
         a.clear(state)
         assert (state["pace"].counts.sum() == 0) == empties                    # the code clears the table, the paper does not
-    for k, v in (("gamma", -1.), ("lam", 2.), ("zeta", -.1), ("alpha", -1.), ("form", "text"), ("margins", "none"), ("n_strong", 0)):
+    for k, v in (("gamma", -1.), ("lam", 2.), ("zeta", -.1), ("alpha", -1.), ("alpha", math.inf), ("gamma", math.inf), ("gamma", "a"), ("form", "text"), ("margins", "none"), ("n_strong", 0)):
         with raises(ValueError, k): make(**{k: v})
 
 # %% ../nbs/12_presets.ipynb #d28227e9

@@ -227,9 +227,10 @@ def check_out(folder: Path):
     if not there.is_dir(): raise UsageError(f"--out {folder}: {there} is a file; a folder is needed")
     if not os.access(there, os.W_OK): raise UsageError(f"--out {folder}: {there} cannot be written to")
 
-def bar(args) -> bool:
-    "A progress bar is for a terminal; a log gets none."
-    return not args.quiet and sys.stderr.isatty()
+def bar(args) -> bool|str: # what `fit` calls progress
+    "A progress bar is for a terminal; the log of a training gets a line at each evaluation."
+    if args.quiet: return False
+    return sys.stderr.isatty() or ("lines" if args.run is train else False)
 
 def device_of(name): # -> name, or None where none is given
     "A device that is there."

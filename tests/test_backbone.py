@@ -268,6 +268,11 @@ def test_importing_the_module_imports_neither_library():
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
 
 
+def test_an_encoder_never_trains():
+    encoder = load_backbone("pocket")
+    assert not any(m.training for m in encoder.modules()) and not any(m.training for m in encoder.train().modules())
+
+
 def test_random_weights_follow_the_seed():
     hashes = []
     for seed in (0, 0, 1):

@@ -60,7 +60,7 @@ def trained(folder, tmp_path_factory):
     where = tmp_path_factory.mktemp("trained")
     p = subprocess.run([sys.executable, "-m", "finessl", "train", "--data", str(folder), *TINY, "--out", "run"], cwd=where, env=ENV, text=True, capture_output=True)
     assert p.returncode == 0, p.stderr
-    assert p.stderr == ""
+    assert [line.partition(":")[0] for line in p.stderr.splitlines()] == ["step 6 of 12", "step 12 of 12"] # and nothing else
     return where / "run", p.stdout
 
 
@@ -121,7 +121,7 @@ def test_options_reach_the_algorithm():
     (["--per-class", "1.5"], "--per-class: must be a whole number, got '1.5'"),
     (["--zeta", "2"], "--zeta: must be from 0 to 1, got 2"),
     (["--lr", "0"], "--lr: must be > 0, got 0"),
-    (["--lr", "nan"], "--lr: must be > 0, got nan"),
+    (["--lr", "nan"], "--lr: must be finite and > 0, got nan"), (["--gamma", "inf"], "--gamma: must be finite and >= 0, got inf"),
     (["--algorithm", "fixmatch", "--gamma", "1"], "--gamma belongs to --algorithm finessl, not to fixmatch"),
     (["--tau", ".9"], "--tau belongs to --algorithm fixmatch, not to finessl"),
     (["--peft", "linear", "--prompts", "3"], "--prompts belongs to --peft vpt"),
@@ -245,6 +245,7 @@ def test_a_loss_that_is_not_finite(refused, tmp_path):
     assert "not finite at step 1" in refused(*argv, code=1)
     assert (tmp_path / "run/checkpoint.pt").exists() and not (tmp_path / "run/record.json").exists()
     assert "--resume" in refused(*argv)
+    assert "; no checkpoint was written" in refused(*argv[:-4], "--out", "other", code=1) and not (tmp_path / "other").exists()
 
 
 def test_seeds_are_separate(finessl, tmp_path):
@@ -280,7 +281,8 @@ def test_predict_is_run_predict(finessl, trained, folder, tmp_path):
 def test_predict_names_what_it_cannot_read(refused, finessl, trained, folder, tmp_path):
     run, _ = trained
     damaged(folder, tmp_path, lambda d: cut(d / "test/one/7.png"))
-    assert "test/one/7.png" in refused("predict", "--run", run, "data/test", "--out", "p.csv").replace("\\", "/")
+    said = refused("predict", "--run", run, "data/test", "--out", "p.csv").replace("\\", "/")
+    assert "test/one/7.png" in said and "leave such files out with --skip-unreadable" in said
     assert not (tmp_path / "p.csv").exists()
     code, out, err = finessl("predict", "--run", run, "data/test", "--skip-unreadable")
     assert code == 0 and len(rows(out)) == 12 and err == "finessl: left out as unreadable: 1 of 12 files\n"

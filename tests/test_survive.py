@@ -459,14 +459,17 @@ def test_on_the_command_line(photos, tmp_path, monkeypatch, capsys):
     def call(self, step, state):
         calls.append(1)
         if len(calls) == 3: (photos / "train/1/6.png").unlink()
+        if len(calls) == 4: cut(photos / "test/0/0.png")
         if len(calls) == 7: signal.raise_signal(signal.SIGINT)
         return real(self, step, state)
     monkeypatch.setattr(FineSSL, "__call__", call)
     assert cli.main(argv) == 130
     assert cli.main([*argv, "--resume"]) == 0, capsys.readouterr().err  # the file is gone for good, and the run the same
     out, record = capsys.readouterr().out, json.loads((tmp_path / "run/record.json").read_text())
-    assert record["dataset"]["unreadable"] == ["train/0/7.png"] and record["unreadable"] == ["train/1/6.png"] and record["resumes"][0]["step"] == 7
-    assert "left out as unreadable: 1" in out and "left out as unreadable while training: 1 (train/1/6.png), named in record.json" in out
+    assert record["dataset"]["unreadable"] == ["train/0/7.png"] and record["unreadable"] == ["test/0/0.png", "train/1/6.png"] and record["resumes"][0]["step"] == 7
+    assert "left out as unreadable: 1" in out and "left out as unreadable while training: 2 (test/0/0.png, …), named in record.json" in out
+    n = record["n_test"] - 1
+    assert f"of {n} test images right" in out and record["evaluations"][-1]["accuracy"] in [k / n for k in range(n + 1)]
     assert cli.main(shlex.split("train --data digits --per-class 1 --out other --skip-unreadable")) == 2
     assert "--skip-unreadable belongs to" in capsys.readouterr().err
 

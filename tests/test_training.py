@@ -2,8 +2,11 @@
 import io, json, os, random, re, signal, subprocess, sys, time
 from pathlib import Path
 
+import finessl
+import nbformat
 import pytest
 import torch
+from nbclient import NotebookClient
 
 from finessl.algorithms import FineSSL
 from finessl.backbone import load_backbone
@@ -186,6 +189,22 @@ def test_a_foreign_checkpoint_is_refused(encoder, tmp_path, changes, names):
     assert (tmp_path / "run/checkpoint.pt").read_bytes() == before
 
 
+def test_a_foreign_checkpoint_is_passed_over_for_an_own_one_before_it(encoder, tmp_path):
+    run(encoder, out=tmp_path / "whole")
+    for name, seed in (("run", 0), ("other", 1)): interrupted(encoder, tmp_path / name, 8, checkpoint_every=4, seed=seed)
+    (tmp_path / "run/checkpoint.pt").replace(tmp_path / "run/previous-checkpoint.pt")
+    (tmp_path / "other/checkpoint.pt").replace(tmp_path / "run/checkpoint.pt")
+    r = run(encoder, out=tmp_path / "run", resume=True).record
+    assert "checkpoint.pt belongs to another run (seed: 1 there, 0 here" in r["resumes"][0]["passed_over"][0]
+    assert outcome(tmp_path / "run")[0] == outcome(tmp_path / "whole")[0]
+
+
+def test_a_log_gets_a_line_at_each_evaluation(encoder, capsys):
+    run(encoder, evals=3, progress="lines")
+    lines = capsys.readouterr().err.splitlines()
+    assert [re.fullmatch(r"step (\d+) of 12: loss \d+\.\d{3}, kept \d+%, accuracy \d+\.\d%; \d+ s left", line).group(1) for line in lines] == ["4", "8", "12"]
+
+
 def test_a_checkpoint_of_something_else_is_refused(encoder, tmp_path):
     (tmp_path / "run").mkdir()
     torch.save({"weights": torch.zeros(3)}, tmp_path / "run/checkpoint.pt")
@@ -226,8 +245,10 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_last_good_checkpoi
         calls.append(1)
         return (loss * what if len(calls) == 7 else loss), metrics      # step 6, counted from 0
     monkeypatch.setattr(FineSSL, "__call__", call)
-    with pytest.raises(TrainingError, match="not finite at step 6"): run(encoder, out=tmp_path / "run", checkpoint_every=every, evals=1)
+    kept = "no checkpoint was written" if every is None else f"the checkpoint of step {6 // every * every} is kept"
+    with pytest.raises(TrainingError, match=f"not finite at step 6: .*; {kept}$"): run(encoder, out=tmp_path / "run", checkpoint_every=every, evals=1)
     assert not (tmp_path / "run/record.json").exists() and not (tmp_path / "run/model.safetensors").exists()
+    assert (tmp_path / "run").exists() == (every is not None)             # an empty folder is not left
     if every is None: return
     c = torch.load(io.BytesIO((tmp_path / "run/checkpoint.pt").read_bytes()[DIGEST:]), weights_only=True)
     assert c["step"] == 6 // every * every and all(v.isfinite().all() for v in c["model"].values())
@@ -267,11 +288,19 @@ def test_a_killed_write_leaves_nothing_behind(encoder, tmp_path):
     assert {f.name for f in (tmp_path / "run").iterdir()} == {"model.safetensors", "record.json"}
 
 
-@pytest.mark.parametrize("changes, says", [(dict(batch=0), "batch must be >= 1, got 0"), (dict(evals=0), "evals"), (dict(schedule=Schedule(0)), "steps"), (dict(mu=0), "mu"), (dict(peft="lora"), "peft"),
-                                           (dict(precision="fp8"), "precision"), (dict(schedule=Schedule(5, decay="week")), "decay"), (dict(labelled="some"), "labelled"), (dict(checkpoint_every=0), "checkpoint_every")])
+@pytest.mark.parametrize("changes, says", [(dict(batch=0), "batch must be a whole number >= 1, got 0"), (dict(batch="a"), "batch must be a whole number >= 1, got 'a'"), (dict(evals=0), "evals"), (dict(schedule=Schedule(0)), "steps"), (dict(mu=0), "mu"), (dict(peft="lora"), "peft"),
+                                           (dict(precision="fp8"), "precision"), (dict(schedule=Schedule(5, decay="week")), "decay"), (dict(labelled="some"), "labelled"), (dict(checkpoint_every=0), "checkpoint_every"),
+                                           (dict(schedule=Schedule(5, lr=float("inf"))), "lr must be finite and > 0, got inf"), (dict(seed=1.5), "^seed must be a whole number, got 1.5"), (dict(init_seed="a"), "init_seed must be a whole number, got 'a'")])
 def test_bad_values_are_named_and_nothing_is_written(encoder, tmp_path, changes, says):
     with pytest.raises(ValueError, match=says): run(encoder, out=tmp_path / "run", **changes)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("algorithm", [FineSSL, FixMatch])
+@pytest.mark.parametrize("value", [float("inf"), float("nan"), "a", None])
+def test_settings_of_algorithms_are_finite_numbers(algorithm, value):
+    for name in {FineSSL: ("gamma", "alpha", "zeta", "lam"), FixMatch: ("weight", "tau", "n_strong")}[algorithm]:
+        with pytest.raises(ValueError, match=f"^{name} must .*, got {value!r}"): algorithm(**{name: value})
 
 
 @pytest.mark.parametrize("algorithm, shows", [(FineSSL(), ("loss", "kept", "accuracy")), (LabelledOnly(), ("loss", "accuracy"))])
@@ -280,6 +309,38 @@ def test_the_progress_bar_ends_with_what_the_record_says(encoder, capsys, algori
     line = capsys.readouterr().err.split("\r")[-1]
     assert "12/12" in line and dict(re.findall(r"(\w+)=([\d.%]+)", line)) == \
         {k: v for k, v in {"loss": f"{last['loss']:.3f}", "kept": f"{last['util'] or 0:.0%}", "accuracy": f"{last['accuracy']:.1%}"}.items() if k in shows}
+
+
+@pytest.mark.parametrize("widgets", [True, False])
+def test_a_notebook_shows_the_bar(monkeypatch, widgets):
+    "In a Jupyter kernel, with ipywidgets or without; and no bar where TQDM_DISABLE asks for none."
+    for name, value in ENV.items(): monkeypatch.setenv(name, value)
+    monkeypatch.delenv("TQDM_DISABLE", raising=False)
+    call = "fit(ds, 'pocket', FixMatch(), schedule=Schedule(3), batch=4, n_prompts=1, evals=1).record['evaluations'][-1]['accuracy']"
+    cells = ["import os, sys" + ("" if widgets else "; sys.modules['ipywidgets'] = None"),
+             "from finessl.data import digits\nfrom finessl.training import FixMatch, Schedule, fit\nds = digits(1, 0)\nds = ds._replace(x_test=ds.x_test[:40], y_test=ds.y_test[:40])",
+             call, f"os.environ['TQDM_DISABLE'] = '1'\n{call}"]
+    nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(c) for c in cells])
+    NotebookClient(nb, timeout=300, kernel_name="python3").execute()
+    assert not nb.cells[0].outputs and not nb.cells[1].outputs            # no warning either
+    accuracy = f"{float(nb.cells[3].outputs[-1].data['text/plain']):.1%}"
+    shown = json.dumps([nb.cells[2].outputs, nb.metadata.get("widgets")], ensure_ascii=False).replace("\u2007", " ")
+    assert re.search(rf"3/3 \[.*loss=\d+\.\d+, kept=\d+%, accuracy={accuracy}", shown)
+    assert [o.output_type for o in nb.cells[3].outputs] == ["execute_result"]
+
+
+def test_no_bar_where_nobody_looks(encoder, capsys):
+    run(encoder, progress=None, evals=1)
+    assert capsys.readouterr().err == ""
+
+
+def test_the_record_names_split_and_versions(encoder):
+    ds = few()
+    fits = lambda ds: fit(ds, encoder, LabelledOnly(), schedule=Schedule(1), batch=4, n_prompts=1, evals=1, progress=False).record
+    record = fits(ds)
+    assert record["split"] == {"seed": 0, "n_per_class": 1, "hash": ds.split.hash} and fits(ds._replace(split=None))["split"] is None
+    assert set(record["versions"]) == {"python", "finessl", "torch", "torchvision", "open_clip_torch", "timm", "numpy", "scikit-learn"} and all(record["versions"].values())
+    assert (record["versions"]["finessl"], record["versions"]["torch"]) == (finessl.__version__, torch.__version__)
 
 
 def test_seeds_do_what_they_say(encoder):
