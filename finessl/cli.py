@@ -611,7 +611,7 @@ def sentence_of(e: Exception): # -> message, exit code
     "What to print for an error: its own sentence where it is one of ours, its type otherwise."
     if type(e).__name__ in ("TrainingError", "NotFinite", "Lost"): return str(e), 1
     said = f"{e.filename}: {e.strerror.lower()}" if isinstance(e, OSError) and e.filename and e.strerror else str(e)
-    if "cannot read image" in said and "none is left" not in said: said += " (or leave such files out with --skip-unreadable)"
+    if "cannot read image" in said and "none is left" not in said: said += "; mend it, or leave such files out with --skip-unreadable"
     if isinstance(e, (ValueError, FileNotFoundError)): return said, 2
     if isinstance(e, OSError): return said, 1
     return f"{type(e).__name__}: {e} (FINESSL_DEBUG=1 shows where)", 1
