@@ -381,13 +381,15 @@ def test_ctrl_c_at_any_early_moment(tmp_path):
         p = subprocess.Popen([sys.executable, "-c", code, *commands[k % 2]], cwd=tmp_path / str(k), env=ENV, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         p.stdout.readline()
         started.append((time.monotonic() + seconds, p))
-    for end, p in started:
-        time.sleep(max(0, end - time.monotonic()))
-        p.send_signal(signal.SIGINT)
-    for _, p in started:
-        err = p.communicate(timeout=240)[1]
-        assert p.returncode == 130 and err.startswith("finessl: ") and err.count("\n") == 1, (p.returncode, err)
-
+    try:
+        for end, p in started:
+            time.sleep(max(0, end - time.monotonic()))
+            p.send_signal(signal.SIGINT)
+        for _, p in started:
+            err = p.communicate(timeout=60)[1]
+            assert p.returncode == 130 and err.startswith("finessl: ") and err.count("\n") == 1, (p.returncode, err)
+    finally:
+        for _, p in started: p.kill()
 
 
 def test_ctrl_c_before_the_first_step(finessl, monkeypatch):
