@@ -348,7 +348,12 @@ def test_the_locks_file_goes_with_the_lock(tmp_path):
         with pytest.raises(TrainingError, match="another run is writing"):
             with folder_lock(run): pass
         assert (run / ".lock").exists()                         # the refused one leaves the other's
-    assert list(run.iterdir()) == []
+    assert not run.exists()                                     # a folder that it made, and that stayed empty
+    run.mkdir()
+    with folder_lock(run): pass
+    assert list(run.iterdir()) == []                            # one that was there before stays
+    with folder_lock(tmp_path / "new"): (tmp_path / "new/file").write_text("kept")
+    assert [p.name for p in (tmp_path / "new").iterdir()] == ["file"]
 
 
 @linux
