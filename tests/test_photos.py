@@ -31,7 +31,7 @@ def test_every_kind_of_run_gives_a_record_that_json_can_write(tmp_path, monkeypa
     for name in ("SCHEDULE", "LONGER"): monkeypatch.setattr(photos, name, Schedule(3))
     monkeypatch.setattr(photos, "PROMPTS", 2)
     dataset, encoder = photos.photo_split(folder(tmp_path), 1, seed=0, pool=4, test=3), tiny_encoder("timm")
-    jobs = {(j["row"], j["start"]): j for j in photos.jobs_of((0,)) if j["n_per_class"] == (1 if j["row"] in ("encoder", *photos.methods(1)) else 4)}
+    jobs = {(j["row"], j["start"]): j for j in photos.jobs_of((0,), ()) if j["n_per_class"] == (1 if j["row"] in ("encoder", *photos.methods(1)) else 4)}
     assert len(jobs) == 1 + 3 * 2 + len(photos.SUSPECTS) + 3   # with both starts, and longer
     for (row, start), job in jobs.items():
         record = json.loads(json.dumps(photos.run_photo(job, dataset, encoder)))
