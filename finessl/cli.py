@@ -14,7 +14,8 @@ __all__ = ['OPTIONS', 'TRAIN', 'PREDICT', 'DEMO', 'TRAINED', 'LEFT', 'VARIANTS',
 # %% ../nbs/80_cli.ipynb #fdabba58
 import argparse, contextlib, csv, json, os, shlex, signal, sys, time
 from pathlib import Path
-from .presets import ARCHIVES, presets, refuse_size, require # without torch
+from .files import ARCHIVES, refuse_size, require # without torch
+from .presets import presets
 
 # %% ../nbs/80_cli.ipynb #31c4b9c4
 class Parser(argparse.ArgumentParser):

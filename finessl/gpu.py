@@ -28,7 +28,8 @@ from .peft import PlainVPT
 from .training import (Guard, Meter, Schedule, Step, ahead, autocast, build_model, compiled, default_device, depth_for, environment,
                               forward, lr_at, on_device, optimizer_of, paper, step_images, train_step)
 from .algorithms import FineSSL
-from .presets import ARCHIVES, answers, lacking_data, presets, refuse_size, refuse_unknown, require
+from .files import ARCHIVES, answers, lacking_data, refuse_size, require
+from .presets import presets, refuse_unknown
 
 # %% ../nbs/13_gpu.ipynb #9375e61c
 def torchvision_parts(
