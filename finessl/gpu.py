@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FORMS', 'VARIANTS', 'CHAIN', 'torchvision_parts', 'torchvision_dataset', 'labelled_part', 'read_list', 'image_lists',
            'from_preset', 'dataset_of', 'attending', 'KeptVPT', 'one_batch', 'HostPace', 'HostFineSSL',
-           'pillow_operation', 'PillowView', 'Variant', 'Bench', 'noise', 'Trainer', 'NoUpdate', 'on_meta', 'dry_steps',
+           'pillow_operation', 'PillowView', 'Variant', 'Bench', 'noise', 'Trainer', 'on_meta', 'steps_there',
            'Operations', 'step_flops', 'wait', 'seconds', 'product', 'resident', 'peak_memory', 'turn', 'bench', 'rate',
            'by_clock', 'report', 'bench_table', 'measured', 'compilations', 'read_bench', 'gains', 'draw_gains']
 
@@ -320,7 +320,7 @@ class Trainer:
         self.features = compiled(self.model.features, how) if how else self.model.features
         self.logits = partial(one_batch if v.weak == "gradient" else forward, features=self.features)
         trained = [p for p in self.model.parameters() if p.requires_grad]
-        self.optimizer = optimizer_of(self.model, b.schedule, .9, 5e-4) if v.update == "fused" and b.device.type != "meta" else torch.optim.SGD(trained, b.schedule.lr, .9, weight_decay=5e-4)
+        self.optimizer = optimizer_of(self.model, b.schedule, .9, 5e-4) if v.update == "fused" else torch.optim.SGD(trained, b.schedule.lr, .9, weight_decay=5e-4)
         pillow, views = v.views == "pillow", b.views
         self.views = views._replace(weak=PillowView(views.weak, b.device), strong=PillowView(views.strong, b.device)) if pillow else views
         stored = on_device(x, "cpu" if pillow else b.device)
@@ -352,23 +352,17 @@ class Trainer:
         feat.float().sum().backward()
 
 # %% ../nbs/13_gpu.ipynb #2e8a6698
-class NoUpdate(torch.optim.SGD):
-    "An optimizer that leaves everything as it is, for devices without numbers."
-    def step(self): pass
-
 @contextlib.contextmanager
 def on_meta(b: Bench): # -> the same benchmark on the meta device
     "A benchmark without numbers; its encoder is built again there."
     with torch.device("meta"): encoder = load_backbone(b.encoder.name, False, b.encoder.image_size)
     yield b._replace(encoder=encoder, device=torch.device("meta"), precision="float32")
 
-def dry_steps(v: Variant, b: Bench, steps: int = 2, accumulate: int = 1): # accumulate: pieces that a step's images are computed in
-    "Steps of a variant on the meta device."
-    with on_meta(b) as m:
-        trainer = Trainer(v, m)
-        trainer.optimizer = NoUpdate([p for p in trainer.model.parameters() if p.requires_grad], lr=.1)
-        trainer.accumulate = accumulate
-        for t in range(steps): trainer.step(trainer.images(t), t)
+def steps_there(v: Variant, b: Bench, device, steps: int = 3, accumulate: int = 1): # accumulate: pieces that a step's images are computed in
+    "Steps of a variant, ready to be taken on another device; a function that takes them and returns their losses."
+    trainer = Trainer(v, b._replace(encoder=copy.deepcopy(b.encoder), device=torch.device(device)))
+    trainer.accumulate = accumulate
+    return lambda: [trainer.step(trainer.images(t), t) for t in range(steps)]
 
 # %% ../nbs/13_gpu.ipynb #62c0d921
 class Operations(TorchDispatchMode):

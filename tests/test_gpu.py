@@ -5,14 +5,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from finessl import gpu
+from finessl import gpu, training
 from finessl.algorithms import FineSSL
 from finessl.backbone import load_backbone
-from finessl.checks import check_fetches_nothing
+from finessl.checks import PretendedDevice, check_waits_for_nothing
 from finessl.cli import main
 from finessl.data import DataError, ImageFiles, check_dataset, digits
-from finessl.gpu import CHAIN, VARIANTS, Bench, Trainer, compilations, dry_steps, image_lists, step_flops
-from finessl.training import FixMatch, Schedule, ahead, fit, on_device, step_images
+from finessl.gpu import CHAIN, VARIANTS, Bench, Trainer, compilations, image_lists, step_flops, steps_there
+from finessl.training import FixMatch, Guard, LabelledOnly, Meter, Schedule, ahead, fit, on_device, step_images
 from finessl.views import OPERATIONS, natural_views, rand_augment
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -136,17 +136,69 @@ def test_a_form_of_attention_is_one_encoders_alone():
     assert all(block.attention is gpu.attention for block in encoder().blocks) and twins["written"].blocks[0].attention is gpu.written_attention
 
 
-def test_a_step_fetches_nothing():
-    check_fetches_nothing(lambda device: dry_steps(VARIANTS["finessl"], small()))
-    check_fetches_nothing(lambda device: dry_steps(VARIANTS["finessl"], small(), accumulate=2))
-    with pytest.raises(AssertionError, match="asks the device"):
-        check_fetches_nothing(lambda device: dry_steps(VARIANTS["finessl"]._replace(pace="host"), small()))
+@pytest.mark.parametrize("accumulate", (1, 2))
+def test_a_step_waits_for_nothing(accumulate):
+    there = check_waits_for_nothing(functools.partial(steps_there, VARIANTS["finessl-eager"], small(), accumulate=accumulate))
+    here = steps_there(VARIANTS["finessl-eager"], small(), "cpu", accumulate=accumulate)()
+    assert [float(z.near) for z in there] == pytest.approx([float(z) for z in here], rel=5e-3)
+    with pytest.raises(AssertionError, match="asks the device"): check_waits_for_nothing(functools.partial(steps_there, VARIANTS["finessl-eager"]._replace(pace="host"), small()))
 
 
 @pytest.mark.parametrize("k", range(len(OPERATIONS)), ids=[name for name, *_ in OPERATIONS])
-def test_an_operation_of_randaugment_fetches_nothing(k):
-    x = dict(size=(2, 3, 32, 32), dtype=torch.uint8)
-    check_fetches_nothing(lambda device: rand_augment(torch.empty(**x, device=device), torch.full((2,), k), torch.tensor([1, 9]), torch.tensor([-1, 1])))
+def test_an_operation_of_randaugment_waits_for_nothing(k):
+    def prepare(device):
+        x = torch.zeros(2, 3, 32, 32, dtype=torch.uint8, device=device)
+        return lambda: rand_augment(x, torch.full((2,), k), torch.tensor([1, 9]), torch.tensor([-1, 1]))
+    check_waits_for_nothing(prepare)
+
+
+def watched_fit(monkeypatch, device, *args, **kwargs):
+    "`fit` on the pretended device; only evaluations and what is read and written beside them may wait, from the first step's images to the end."
+    def may_wait(owner, name):
+        f = getattr(owner, name)
+        def waiting(*a, **k):
+            with device.strictly(False): return f(*a, **k)
+        monkeypatch.setattr(owner, name, waiting)
+    for owner, name in ((training, "evaluate"), (training, "postfix"), (training, "save_checkpoint"), (training, "finish"), (Guard, "check"), (Meter, "read")): may_wait(owner, name)
+    images = training.step_images
+    def from_here_on(*a, **k):
+        device.strict = True
+        return images(*a, **k)
+    monkeypatch.setattr(training, "step_images", from_here_on)
+    train = training.train
+    def until_here(*a, **k):
+        try: return train(*a, **k)
+        finally: device.strict = False
+    monkeypatch.setattr(training, "train", until_here)
+    with device: return fit(*args, device="meta", compile=False, depth=0, progress=False, **kwargs)
+
+
+@pytest.mark.parametrize("algorithm", [FineSSL(), FineSSL(form="paper"), FixMatch(), LabelledOnly()], ids=["FineSSL", "paper", "FixMatch", "labelled-only"])
+def test_the_loop_waits_for_evaluations_alone(monkeypatch, tmp_path, algorithm):
+    settings = dict(schedule=Schedule(6, clear_every=4), batch=4, evals=2, checkpoint_every=2)
+    here = fit(digits(2, 0), "pocket", algorithm, device="cpu", compile=False, progress=False, **settings)
+    run = watched_fit(monkeypatch, PretendedDevice(), digits(2, 0), "pocket", algorithm, out=tmp_path / "run", **settings)
+    for a, b in zip(run.record["evaluations"], here.record["evaluations"], strict=True): assert a["loss"] == pytest.approx(b["loss"], rel=1e-3) and a["accuracy"] == pytest.approx(b["accuracy"], abs=.02)
+
+
+@pytest.mark.parametrize("how", [dict(), dict(peft="linear"), dict(labelled="release"), dict(prompt_init="tokens", accumulate=2)], ids=["prompts", "heads", "release", "tokens in pieces"])
+def test_the_loop_waits_for_nothing_with_files(monkeypatch, tmp_path, how):
+    ds = image_lists(folder_of_lists(tmp_path, [f"{c}/a {i}.jpg\t{c}" for c in ("cat", "dog") for i in range(5)]), image_size=40)
+    run = watched_fit(monkeypatch, PretendedDevice(), ds, "pocket", FineSSL(), schedule=Schedule(3), batch=4, evals=1, **how)
+    assert run.record["evaluations"][0]["loss"] > 0
+
+
+@pytest.mark.parametrize("wrong", ["peeking at the loss", "peeking between steps"])
+def test_a_loop_that_waits_is_found(monkeypatch, wrong):
+    class Peeking(FixMatch):
+        def __call__(self, step, state):
+            loss, metrics = super().__call__(step, state)
+            if wrong == "peeking at the loss" and loss > 1e9: raise ValueError
+            return loss, metrics
+    if wrong == "peeking between steps":
+        step = training.train_step
+        monkeypatch.setattr(training, "train_step", lambda *a, **k: float(step(*a, **k)))
+    with pytest.raises(AssertionError, match="asks the device for values"): watched_fit(monkeypatch, PretendedDevice(), digits(2, 0), "pocket", Peeking(), schedule=Schedule(3), batch=4, evals=1)
 
 
 def test_operations_fall_along_the_chain():
