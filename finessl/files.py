@@ -99,12 +99,11 @@ class Lacking(NamedTuple):
         return self.there(ask)[1]
 
     def there(self, ask) -> tuple[str, str]: # the url that can be downloaded, or ""; why there is none, or ""
-        "The first of its places that has the file."
-        why = self.offline
-        for url in () if why else self.urls:
-            if not (why := ask(url)): return url, ""
-            if "404" not in why: break
-        return "", why
+        "The first of its places that has the file; all are asked at the same time."
+        if self.offline: return "", self.offline
+        with ThreadPoolExecutor(len(self.urls)) as pool: said = list(pool.map(ask, self.urls))
+        url = next((url for url, why in zip(self.urls, said) if not why), "")
+        return url, "" if url else next((why for why in said if "404" not in why), said[0])
 
 def lacking_data(
     name: str, # a key of ARCHIVES
