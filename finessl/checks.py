@@ -508,7 +508,8 @@ def check_class_margins(f):
             assert_close(margins, [2. * (max(beta) - min(beta)) * d for d in delta])
             assert_close(f(many * 3, 2., form), margins) # only ratios matter
             assert_close(f(many.flip(0), 2., form), margins.flip(0))
-    with raises(ValueError, "alpha"): f(counts, -1.)
+    for alpha in (-1., math.inf, math.nan):
+        with raises(ValueError, "alpha"): f(counts, alpha)
     with raises(ValueError, "form"): f(counts, 8., "release")
     with raises(ValueError, "counts"): f(counts[None])
 
@@ -585,7 +586,8 @@ def check_confidence_weights(f):
     assert_close(f(a.flip(0), 2.), weights.flip(0)) # an image's weight does not depend on its batch
     assert_close(f(a[:3], 2.), weights[:3])
     assert_close(f(a.flip(1), 2.), weights)
-    with raises(ValueError, "gamma"): f(a, -1.)
+    for gamma in (-1., math.inf, math.nan):
+        with raises(ValueError, "gamma"): f(a, gamma)
     with raises(ValueError, "a_ulb_w"): f(a[0])
 
 # %% ../nbs/11_algorithms.ipynb #2e8ed5a7

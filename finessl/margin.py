@@ -96,7 +96,7 @@ def class_margins(
 ) -> Tensor: # (C,) float in [0, α], larger for classes with fewer pseudo-labels
     "Margin of each class, α_t Δ_t (FineSSL, balanced margin softmax); zeros while nothing is counted."
     if counts.ndim != 1 or not len(counts): raise ValueError(f"counts must have shape (C,), got {tuple(counts.shape)}")
-    if not alpha >= 0: raise ValueError(f"alpha must be >= 0, got {alpha}")
+    if not 0 <= alpha < float("inf"): raise ValueError(f"alpha must be finite and >= 0, got {alpha}")
     if form not in ("code", "paper"): raise ValueError(f"form must be 'code' or 'paper', got {form!r}")
     beta = counts / counts.max().clamp(min=1)
     delta = 1 - beta if form == "paper" else (1 - beta) / (1 + beta)

@@ -15,5 +15,5 @@ def confidence_weights(
 ) -> Tensor: # (B,) float in [γ/C, γ]
     "Weight of each unlabelled image: γ times the auxiliary head's confidence (FineSSL, ψ)."
     if a_ulb_w.ndim != 2: raise ValueError(f"a_ulb_w must have shape (B, C), got {tuple(a_ulb_w.shape)}")
-    if not gamma >= 0: raise ValueError(f"gamma must be >= 0, got {gamma}")
+    if not 0 <= gamma < float("inf"): raise ValueError(f"gamma must be finite and >= 0, got {gamma}")
     return gamma * a_ulb_w.detach().softmax(1).amax(1)
