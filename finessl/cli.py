@@ -134,8 +134,8 @@ def add_train(commands, common):
     g.add_argument("--mu", metavar="μ", type=whole, default=1, help="unlabelled images per labelled one")
     g.add_argument("--labelled", choices=("all", "release"), default="all", help="release: drop labelled images as the released trainer's loader does")
     g.add_argument("--accumulate", metavar="K", type=whole, default=1, help="compute the batch in so many pieces: the same update with less memory, more slowly")
-    g.add_argument("--precision", choices=("float32", "bf16"), default="float32", help="of the encoder's arithmetic")
-    g.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: the first of cuda, mps, cpu that is there)")
+    g.add_argument("--precision", choices=("float32", "bf16"), help="of the encoder's arithmetic (default: bf16 on a GPU that has it, else float32)")
+    g.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: FINESSL_DEVICE of the environment, else the first of cuda, mps, cpu that is there)")
     g.add_argument("--processes", metavar="N", type=whole, default=1, help="train with so many processes, a GPU each or shares of the CPU's cores: the same batch, the same result")
     g.add_argument("--evals", metavar="E", type=whole, default=10, help="evaluations on the test part; the last one counts, none is selected")
     g = p.add_argument_group("what is kept")
@@ -292,7 +292,7 @@ def add_predict(commands, common):
     p.add_argument("--out", metavar="FILE", type=a_path, help="CSV file to write (default: standard output)")
     p.add_argument("--checkpoint", metavar="FILE", type=a_path, help="the encoder's weights, where they are not where the run found them")
     p.add_argument("--skip-unreadable", action="store_true", help="leave out image files that cannot be read, and say how many")
-    p.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: the first of cuda, mps, cpu that is there)")
+    p.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: FINESSL_DEVICE of the environment, else the first of cuda, mps, cpu that is there)")
 
 def image_files(paths) -> list[Path]:
     "The files among `paths`, and the image files in the folders among them, sorted folder by folder."
@@ -510,14 +510,14 @@ def add_bench(commands, common):
     p = commands.add_parser("bench", parents=[common], help="what a training step costs here", description=BENCH)
     p.set_defaults(run=bench)
     whole = number(int, 1)
-    p.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: the first of cuda, mps, cpu that is there)")
+    p.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: FINESSL_DEVICE of the environment, else the first of cuda, mps, cpu that is there)")
     p.add_argument("--backbone", default="open_clip:ViT-B-16-quickgelu", help="open_clip:ARCHITECTURE or timm:NAME; its weights are random")
     p.add_argument("--image-size", metavar="PX", type=whole, help="side of the square that the encoder sees (default: the encoder's own)")
     p.add_argument("--batch", metavar="B", type=whole, default=32, help="labelled images per step; as many unlabelled ones with a weak and two strong views each")
     p.add_argument("--prompts", metavar="P", type=whole, default=50, help="prompts per layer")
     p.add_argument("--variants", metavar="NAMES", default="naive,finessl", help="separated by commas; chain: one gain at a time, all: all that run here")
     p.add_argument("--steps", metavar="R", type=whole, default=5, help="rounds; each variant takes its turn in each")
-    p.add_argument("--precision", choices=("float32", "bf16"), help="of the encoder's arithmetic; naive on a CPU stays at float32 (default: float32 on a CPU, bf16 elsewhere)")
+    p.add_argument("--precision", choices=("float32", "bf16"), help="of the encoder's arithmetic; naive on a CPU stays at float32 (default: bf16 on a GPU that has it, else float32)")
     p.add_argument("--json", action="store_true", help="print the result as one JSON object on the last line")
     p.add_argument("--out", metavar="FILE", type=a_path, help="write the result to a file too")
 

@@ -25,7 +25,7 @@ from .data import DataError, Dataset, ImageFiles, Split, files_left_out, image_f
 from .views import NORMALISATION, OPERATIONS, natural_views
 from .backbone import attention, load_backbone, written_attention
 from .peft import PlainVPT
-from .training import (Guard, Meter, Schedule, Step, ahead, autocast, build_model, compiled, default_device, depth_for, environment,
+from .training import (Guard, Meter, Schedule, Step, ahead, autocast, build_model, compiled, default_device, default_precision, depth_for, environment,
                               forward, lr_at, on_device, optimizer_of, paper, step_images, train_step)
 from .algorithms import FineSSL
 from .files import ARCHIVES, answers, lacking_data, refuse_size, require
@@ -259,7 +259,7 @@ class Variant(NamedTuple):
     views: str = "batch" # or "pillow": one image after the other
     update: str = "fused" # or "plain": PyTorch's default optimizer, no guard, no meter
     compile: bool|str|None = None # as in `fit`; None: on CUDA
-    precision: str = "asked" # or "release": half on a GPU (it runs pure fp16), float32 on a CPU, which has no fast fp16
+    precision: str = "asked" # or "release": float32 on a CPU, which has no fast form of its fp16; on a GPU as asked
     pool: int|None = None # unlabelled images; None: as the benchmark
 
 _naive = Variant("written", "kept", "gradient", "host", "pillow", "plain", False)
@@ -317,6 +317,7 @@ class Trainer:
         self.model.to(b.device)
         self.state, self.guard, self.meter = self.algorithm.init(n_ulb, b.n_classes, b.device), Guard(b.device), Meter(self.dataset.y_ulb, b.device)
         how = b.device.type == "cuda" if v.compile is None else v.compile
+        self.graphs = how in ("reduce-overhead", "max-autotune")
         self.features = compiled(self.model.features, how) if how else self.model.features
         self.logits = partial(one_batch if v.weak == "gradient" else forward, features=self.features)
         trained = [p for p in self.model.parameters() if p.requires_grad]
@@ -345,6 +346,7 @@ class Trainer:
     def encoder(self, images: dict):
         "The encoder's share of a step: features, and the gradient back to the prompts."
         parts = [images["x_lb"], images["x_s"]] + [images["x_w"]] * (self.v.weak == "gradient")
+        for p in self.model.parameters(): p.grad = None
         with autocast(self.b.device, self.b.precision):
             feat = self.features(torch.cat(parts))
             if self.v.weak != "gradient":
@@ -398,11 +400,14 @@ def seconds(f, device) -> Tensor: # (2,) float64: by the clock on the wall, and 
     return torch.tensor([time.perf_counter() - wall, time.process_time() - cpu], dtype=torch.float64)
 
 def product(device, precision: str) -> tuple[int, Tensor]: # floating point operations; seconds (2,)
-    "Time one large square matrix product."
-    n, dtype = 8192 if device.type == "cuda" else 2048, torch.bfloat16 if precision == "bf16" else torch.float32
-    a = torch.full((n, n), .01, device=device, dtype=dtype)
-    a @ a
-    return 2 * n**3, seconds(lambda: a @ a, device)
+    "Time large square matrix products (of random numbers: a GPU is faster with constant ones)."
+    n, times, dtype = *((8192, 20) if device.type == "cuda" else (2048, 1)), torch.bfloat16 if precision == "bf16" else torch.float32
+    a = torch.randn(n, n, generator=torch.Generator(device).manual_seed(0), device=device, dtype=dtype)
+    out = a @ a
+    def multiply():
+        for _ in range(times): torch.mm(a, a, out=out)
+    multiply()
+    return 2 * n**3 * times, seconds(multiply, device)
 
 # %% ../nbs/13_gpu.ipynb #7f4ff010
 def resident(what: str) -> int|None: # bytes; None where the system does not tell
@@ -411,7 +416,7 @@ def resident(what: str) -> int|None: # bytes; None where the system does not tel
     except (OSError, StopIteration): return None
 
 def peak_memory(f, model, device) -> float|None: # MB
-    "Peak memory while `f` runs. CUDA: what is allocated. Linux CPU: trained and frozen weights, and the growth of the resident set."
+    "Peak memory while `f` runs. CUDA: what is allocated, CUDA graphs' own memory not seen. Linux CPU: trained and frozen weights, and the growth of the resident set."
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         f()
@@ -452,8 +457,8 @@ def bench(
     batch: int = 32, # labelled images; as many unlabelled ones with a weak and two strong views each
     device=None, # None: cuda, else mps, else cpu
     variants=("naive", "finessl"), # names in VARIANTS
-    steps: int = 5, # rounds; each variant takes a turn in each: one step, on a GPU twenty
-    precision: str|None = None, # None: float32 on a CPU, bf16 elsewhere
+    steps: int = 5, # rounds; each variant takes a turn in each: one step, on a GPU twenty (two where Pillow makes the views)
+    precision: str|None = None, # None: bf16 on a GPU that has it, float32 elsewhere
     image_size: int|None = None, # None: the encoder's own
     n_prompts: int = 50, pool: int = 50_000,
     say=lambda text: None # called with a line of progress
@@ -462,22 +467,24 @@ def bench(
     if steps < 1 or batch < 1: raise ValueError(f"steps and batch must be >= 1, got {steps} and {batch}")
     if unknown := [v for v in variants if v not in VARIANTS]: raise ValueError(f"no variant is called {unknown[0]!r}; there are {', '.join(VARIANTS)}")
     device = torch.device(device or default_device())
-    precision, n = precision or ("float32" if device.type == "cpu" else "bf16"), 20 if device.type == "cuda" else 1
+    precision = precision or default_precision(device)
+    n = {v: 1 if device.type != "cuda" else 2 if VARIANTS[v].views == "pillow" else 20 for v in variants}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         encoder = load_backbone(backbone, False, image_size)
     b = Bench(encoder, device, batch, precision, n_prompts, pool)
     flops, trainers = {v: step_flops(VARIANTS[v], b) for v in dict.fromkeys((*variants, "finessl"))}, {v: Trainer(VARIANTS[v], b) for v in variants}
     found = {}
-    for name, t in trainers.items():
-        say(f"{name}: first steps")
-        loss, images = [], t.images(0)
-        memory = peak_memory(lambda: loss.append(float(t.step(images, 0))), t.model, device)
-        if device.type == "cuda":                              # compiling and choosing kernels took memory of their own
-            for i in range(1, 4): t.step(t.images(i), i)
-            memory = peak_memory(lambda: t.step(t.images(4), 4), t.model, device)
-            t.encoder(images)
-        found[name] = {"loss": round(loss[0], 5), "peak_memory_mb": memory}
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True): # a figure for compiled code is of compiled code
+        for name, t in trainers.items():
+            say(f"{name}: first steps")
+            loss, images = [], t.images(0)
+            memory = peak_memory(lambda: loss.append(float(t.step(images, 0))), t.model, device)
+            if device.type == "cuda":                              # compiling and choosing kernels took memory of their own
+                for i in range(1, 4): t.step(t.images(i), i)
+                memory = None if t.graphs else peak_memory(lambda: t.step(t.images(4), 4), t.model, device)
+                t.encoder(images)
+            found[name] = {"loss": round(loss[0], 5), "peak_memory_mb": memory}
     times, parts, products = {v: [] for v in variants}, {}, []
     with torch.compiler.set_stance("fail_on_recompile"):       # everything was compiled in the first steps
         for r in range(steps):
@@ -485,7 +492,7 @@ def bench(
             for name in list(variants)[r % len(variants):] + list(variants)[:r % len(variants)]:
                 say(f"round {r + 1} of {steps}: {name}")
                 t = trainers[name]
-                times[name].append(turn(t, 5 + r * n, n))
+                times[name].append(turn(t, 5 + r * n[name], n[name]))
                 if r == 0:
                     images = t.images(0)
                     parts[name] = seconds(lambda: t.encoder(images), device) / times[name][0][0] # the encoder's share of this step

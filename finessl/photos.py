@@ -32,7 +32,7 @@ from .algorithms import FineSSL
 SIZE, PROMPTS, BATCH, SCHEDULE, EVALS, PRECISION = 160, 10, 8, Schedule(150), 3, "bf16" # the paper: 224 px, 50 prompts, 8 to 32 labelled images a step, 15,000 steps
 LONGER = Schedule(600) # with prompts from tokens: is it the short schedule?
 SEEDS, LABELS, STARTS = (0, 1, 2), (1, 2, 4), ("random", "tokens")
-MORE = tuple(range(3, 10)) # splits on which only the longer runs and the encoder's references were made
+MORE = tuple(range(3, 10)) # splits for the longer runs and the encoder's references alone
 
 def methods(n_per_class: int) -> dict: # name -> algorithm
     "The methods with the paper's constants for CIFAR-10 (γ = 1 in the released file for N = 1)."

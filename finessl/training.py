@@ -10,12 +10,13 @@ __all__ = ['EPOCHS', 'short', 'paper', 'LABELLED', 'UNLABELLED', 'VIEW_LB', 'VIE
            'forward', 'TrainingError', 'NotFinite', 'Guard', 'Stopped', 'Lost', 'Place', 'place_of', 'World',
            'one_fate', 'in_one_world', 'logits_of', 'autocast', 'summary', 'write_atomic', 'write_json', 'read_records',
            'version_of', 'environment', 'folder_lock', 'lock', 'Interrupt', 'Run', 'trained_state', 'fingerprint',
-           'default_prompts', 'build_model', 'default_device', 'start_from_tokens', 'read_record', 'read_trained',
-           'load_run', 'Meter', 'save_checkpoint', 'surroundings', 'differences', 'foremost', 'foreign', 'intact',
-           'newest', 'read_checkpoint', 'restore', 'take_up', 'empty_log', 'attempt', 'said_of', 'out_of_memory',
-           'less_than', 'way_on', 'describe', 'split_of', 'settings_of', 'refuse_bad', 'optimizer_of', 'evaluate',
-           'readable', 'leave_out', 'same_files', 'unreadable', 'whole_step', 'backward_in_parts', 'train_step',
-           'compiled', 'depth_for', 'held', 'keep', 'fit', 'train', 'Stopwatch', 'hidden', 'line', 'postfix', 'finish']
+           'default_prompts', 'build_model', 'default_device', 'default_precision', 'start_from_tokens', 'read_record',
+           'read_trained', 'load_run', 'Meter', 'save_checkpoint', 'surroundings', 'differences', 'foremost', 'foreign',
+           'intact', 'newest', 'read_checkpoint', 'restore', 'take_up', 'empty_log', 'attempt', 'said_of',
+           'out_of_memory', 'less_than', 'way_on', 'describe', 'split_of', 'settings_of', 'refuse_bad', 'optimizer_of',
+           'evaluate', 'readable', 'leave_out', 'same_files', 'unreadable', 'whole_step', 'backward_in_parts',
+           'train_step', 'compiled', 'depth_for', 'held', 'keep', 'fit', 'train', 'Stopwatch', 'hidden', 'line',
+           'postfix', 'finish']
 
 # %% ../nbs/05_training.ipynb #f869d55e
 import atexit, contextlib, dataclasses, datetime, errno, functools, hashlib, io, json, math, os, platform, signal, subprocess, sys, threading, time, traceback, warnings
@@ -30,7 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 import finessl
 from .data import _whole, DataError, Dataset, ImageFiles, batch_indices, check_dataset, fetched, generator
-from .views import View, Views, default_views
+from .views import View, Views, default_views, sent
 from .backbone import load_backbone
 from .peft import CosineHead, Model, VPT, token_prompts
 
@@ -155,9 +156,9 @@ def on_device(
     "Move the images to the device once (a tensor) or batch by batch (files, through pinned memory where the device is a GPU)."
     if isinstance(x, Tensor):
         x = x.to(device)
-        return lambda idx: x[idx.to(device, non_blocking=True)]
+        return lambda idx: x[sent(idx, device)]
     if torch.device(device).type == "cuda": return lambda idx: x[idx].pin_memory().to(device, non_blocking=True)
-    return lambda idx: x[idx].to(device, non_blocking=True)
+    return lambda idx: sent(x[idx], device)
 
 # %% ../nbs/05_training.ipynb #6f4e711e
 def ahead(
@@ -274,8 +275,8 @@ def forward(
     cut = lambda t: (None, None) if t is None else (t[:B], t[B:] if "x_s" in images else None)
     (z_lb, z_s), (a_lb, a_s) = cut(z), cut(a)
     idx = images.get("idx_ulb")
-    return Step(z_lb, images["y_lb"].to(device, non_blocking=True), z_w, z_s, a_lb, a_w, a_s,
-                None if idx is None else idx.to(device, non_blocking=True))
+    return Step(z_lb, sent(images["y_lb"], device), z_w, z_s, a_lb, a_w, a_s,
+                None if idx is None else sent(idx, device))
 
 # %% ../nbs/05_training.ipynb #c79d8b9e
 class TrainingError(RuntimeError):
@@ -452,10 +453,9 @@ def logits_of(
     "Logits of many images, batch by batch."
     fetch, shared = on_device(x, device), world is not None and 1 < world.size <= len(x)
     first, last, _ = world.share(len(x)).indices(len(x)) if shared else (0, len(x), 1)
-    out = []
-    for i in range(first, last, batch):
-        images, _ = fetched(fetch, x, torch.arange(i, min(i + batch, last)))
-        with autocast(device, precision): out.append(model(plain(images)).float().cpu())
+    out, make = [], lambda i: {"x": fetched(fetch, x, torch.arange(i, min(i + batch, last)))[0]}
+    for images in ahead(make, range(first, last, batch), 2 if isinstance(x, ImageFiles) else 0, device):
+        with autocast(device, precision): out.append(model(plain(images["x"])).float().cpu())
     if not out: return torch.zeros(0, 0)
     if not shared: return torch.cat(out)
     return torch.cat(world.gather({"z": torch.cat(out)}, lambda k, r: count(len(x), r, world.size))["z"])
@@ -643,8 +643,13 @@ def build_model(encoder, n_classes: int, peft: str = "vpt", n_prompts: int = 50,
     return Model(features, head, aux)
 
 def default_device() -> str:
-    "cuda, else mps, else cpu."
+    "What the environment's FINESSL_DEVICE names, else cuda, else mps, else cpu."
+    if named := os.environ.get("FINESSL_DEVICE"): return named
     return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+
+def default_precision(device) -> str:
+    "bf16 on a GPU that has it, else float32."
+    return "bf16" if torch.device(device).type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
 
 # %% ../nbs/05_training.ipynb #9421ab33
 TOKEN_IMAGES = 64 # at most so many labelled images lend their tokens
@@ -784,7 +789,7 @@ def read_checkpoint(folder: Path, settings: dict, device, world: World|None = No
     paths = (folder / CHECKPOINT, folder / f"previous-{CHECKPOINT}")
     read = lambda: {path: path.read_bytes() for path in paths if path.exists()}
     for path, content in (world.from_first(read) if world else read()).items():
-        if (c := intact(content, device)) is None:
+        if (c := intact(content, "cpu" if torch.device(device).type == "mps" else device)) is None:
             errors.append(f"{path.name} is torn, or not a checkpoint of finessl: its checksum does not fit")
             continue
         if differ := differences(json.loads(c["settings"]), json.loads(json.dumps(settings))):
@@ -890,7 +895,7 @@ def settings_of(dataset: Dataset, encoder, algorithm, views: Views, schedule: Sc
             "mean": list(views.mean), "std": list(views.std), "schedule": schedule._asdict()} | more
 
 # %% ../nbs/05_training.ipynb #1783cce0
-def refuse_bad(dataset: Dataset, algorithm, schedule: Schedule, seed: int, batch: int, mu: int, evals: int, checkpoint_every: int|None, labelled: str, precision: str,
+def refuse_bad(dataset: Dataset, algorithm, schedule: Schedule, seed: int, batch: int, mu: int, evals: int, checkpoint_every: int|None, labelled: str, precision: str|None,
                peft: str = "vpt", prompt_init: str = "random", accumulate: int = 1, processes: int = 1, init_seed: int|None = None):
     "Raise a ValueError that says which value was given and what is allowed."
     check_dataset(dataset)
@@ -902,7 +907,7 @@ def refuse_bad(dataset: Dataset, algorithm, schedule: Schedule, seed: int, batch
     if algorithm.needs and not len(dataset.x_ulb): raise ValueError(f"{type(algorithm).__name__} needs unlabelled images, and the pool is empty")
     if prompt_init not in ("random", "tokens") or (prompt_init, peft) == ("tokens", "linear"): raise ValueError(f'prompt_init must be "random", or "tokens" where there are prompts (peft="vpt"), got {prompt_init!r} with peft={peft!r}')
     refuse_outside("lr", schedule.lr, above=True)
-    lr_at(schedule, 0), autocast("cpu", precision), labelled_indices(seed, 0, len(dataset.x_lb), batch, schedule, labelled) # each refuses what it does not know
+    lr_at(schedule, 0), autocast("cpu", precision or "float32"), labelled_indices(seed, 0, len(dataset.x_lb), batch, schedule, labelled) # each refuses what it does not know
 
 # %% ../nbs/05_training.ipynb #8897727c
 def optimizer_of(model, schedule: Schedule, momentum: float, weight_decay: float) -> torch.optim.SGD:
@@ -974,7 +979,7 @@ def backward_in_parts(model: Model, images: dict, algorithm, state: dict, device
 ): # -> the whole batch's step, loss, metrics
     "Loss of the whole batch and its gradient, with the memory of one piece; the algorithm is called once."
     V, rank, size = max(1, algorithm.n_strong), *((0, 1) if world is None else (world.rank, world.size))
-    images = images | {k: images[k].to(device, non_blocking=True) for k in ("y_lb", "idx_ulb") if k in images}
+    images = images | {k: sent(images[k], device) for k in ("y_lb", "idx_ulb") if k in images}
     views = {"x_lb": 1, "x_w": 1, "x_s": V}
     pieces = [images | {k: rows_of(images[k], v, i, accumulate) for k, v in views.items() if k in images} for i in range(accumulate)]
     def look(piece):
@@ -984,6 +989,8 @@ def backward_in_parts(model: Model, images: dict, algorithm, state: dict, device
     taught = {k: z.requires_grad_() for k in TAUGHT if (z := getattr(step, k)) is not None}
     loss, metrics = algorithm(step, state)
     slopes = torch.autograd.grad(loss, list(taught.values()), allow_unused=True)
+    if accumulate > 1: # memory of their own: a CUDA graph may not own what pieces add up
+        for p in model.features.parameters(): p.grad = torch.zeros_like(p) if p.requires_grad else None
     for i, piece in enumerate(pieces):
         part = parts[0] if accumulate == 1 else look({k: v for k, v in piece.items() if k != "x_w"}) # again, now with gradient
         v = lambda k: V if k.endswith("_s") else 1
@@ -1014,6 +1021,7 @@ def train_step(model: Model, images: dict, algorithm, state: dict, optimizer, gu
 # %% ../nbs/05_training.ipynb #8b2486ee
 def compiled(features: nn.Module, how: bool|str = True): # how: True, or a mode of torch.compile
     "`features` compiled for fixed shapes; with CUDA graphs, a call with gradient opens a step."
+    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit) # all models of a process share the code of one forward pass
     f = torch.compile(features, dynamic=False, mode=None if how is True else how)
     if how not in ("reduce-overhead", "max-autotune"): return f
     def opening(x):
@@ -1066,7 +1074,7 @@ def fit(
     prompt_init: str = "random", # "random" as in the paper, or "tokens" of the labelled images
     labelled: str = "all", # "release": drop labelled images as the released loader does
     device=None, # None: cuda, else mps, else cpu
-    precision: str = "float32", # or "bf16"
+    precision: str|None = None, # of the encoder: "float32" or "bf16"; None: bf16 on a GPU that has it
     depth: int|None = None, # steps whose images are made in advance; None: 2 on a GPU or with files, else 0
     compile: bool|str|None = None, # torch.compile for the encoder: True, a mode of it, or False; None: on CUDA
     evals: int = 10, # evaluations, evenly spaced, the last at the end; none is ever selected
@@ -1083,7 +1091,7 @@ def fit(
     refuse_bad(dataset, algorithm, schedule, seed, batch, mu, evals, checkpoint_every, labelled, precision, peft, prompt_init, accumulate, world.size, init_seed)
     encoder, device = load_backbone(backbone) if isinstance(backbone, str) else backbone, world.device
     views, init_seed = views or default_views(dataset, encoder), seed if init_seed is None else init_seed
-    compile = device.type == "cuda" if compile is None else compile
+    compile, precision = device.type == "cuda" if compile is None else compile, precision or default_precision(device)
     n_prompts = 0 if peft != "vpt" else default_prompts(encoder) if n_prompts is None else n_prompts
     settings = settings_of(dataset, encoder, algorithm, views, schedule, peft=peft, n_prompts=n_prompts, batch=batch, mu=mu, momentum=momentum, weight_decay=weight_decay,
                            seed=seed, init_seed=init_seed, labelled=labelled, precision=precision, evals=evals, prompt_init=prompt_init)
@@ -1110,7 +1118,7 @@ def train(model: Model, dataset: Dataset, views: Views, algorithm, settings: dic
     s, steps, world = settings, schedule.steps, world or World(device, join=False)
     optimizer = optimizer_of(model, schedule, s["momentum"], s["weight_decay"])
     state, meter, guard = algorithm.init(len(dataset.x_ulb), len(dataset.classes), device), Meter(dataset.y_ulb, device), Guard(device)
-    here = {} if folder is None else surroundings(device) | {"processes": world.size, "accumulate": accumulate}
+    here = {} if folder is None else surroundings(device) | {"processes": world.size, "accumulate": accumulate, "compile": compile}
     log, start = take_up(folder, settings, device, here, model, optimizer, state, meter, world) if resume and folder is not None else (empty_log(), 0)
     leave_out(dataset, log["unreadable"])
     lb, ulb = on_device(dataset.x_lb, device), on_device(dataset.x_ulb, device)

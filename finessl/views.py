@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['CLIP_MEAN', 'CLIP_STD', 'IMAGENET_MEAN', 'IMAGENET_STD', 'CIFAR10_MEAN', 'CIFAR10_STD', 'CIFAR100_MEAN',
-           'CIFAR100_STD', 'NORMALISATION', 'OPERATIONS', 'normalise', 'denormalise', 'require_images', 'resize',
-           'View', 'affine_theta', 'warp', 'cutout', 'DigitView', 'Views', 'digit_views', 'show_views', 'crop_flip',
-           'blend', 'grey', 'brightness', 'color', 'contrast', 'sharpness', 'posterize', 'solarize', 'identity',
-           'autocontrast', 'equalize', 'pixel_matrix', 'nearest', 'Operation', 'nothing', 'mixed', 'leading_bits',
-           'inverted_from', 'turned', 'slanted_x', 'slanted_y', 'moved_x', 'moved_y', 'rand_augment', 'NaturalView',
-           'natural_views', 'default_views']
+           'CIFAR100_STD', 'NORMALISATION', 'OPERATIONS', 'sent', 'normalise', 'denormalise', 'require_images',
+           'resize', 'View', 'affine_theta', 'warp', 'cutout', 'DigitView', 'Views', 'digit_views', 'show_views',
+           'crop_flip', 'blend', 'grey', 'brightness', 'color', 'contrast', 'sharpness', 'posterize', 'solarize',
+           'identity', 'autocontrast', 'equalize', 'pixel_matrix', 'nearest', 'Operation', 'nothing', 'mixed',
+           'leading_bits', 'inverted_from', 'turned', 'slanted_x', 'slanted_y', 'moved_x', 'moved_y', 'rand_augment',
+           'NaturalView', 'natural_views', 'default_views']
 
 # %% ../nbs/02_views.ipynb #53818ced
 from dataclasses import dataclass
@@ -25,6 +25,14 @@ CIFAR10_MEAN, CIFAR10_STD = (0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616)  
 CIFAR100_MEAN, CIFAR100_STD = (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)    # the release on CIFAR-100
 NORMALISATION = {"clip": (CLIP_MEAN, CLIP_STD), "imagenet": (IMAGENET_MEAN, IMAGENET_STD), "cifar10": (CIFAR10_MEAN, CIFAR10_STD), "cifar100": (CIFAR100_MEAN, CIFAR100_STD)}
 
+# %% ../nbs/02_views.ipynb #5e470001
+def sent(
+    t: Tensor, # on the CPU, small
+    device
+) -> Tensor: # on the device
+    "Copy to a device without waiting for it; on Apple's, which may read memory that is free again by then, with waiting."
+    return t.to(device, non_blocking=torch.device(device).type != "mps")
+
 # %% ../nbs/02_views.ipynb #ac6b95a0
 def normalise(
     x: Tensor, # (B, 3, H, W) uint8, or float in 0..255
@@ -32,7 +40,7 @@ def normalise(
     std: tuple[float, float, float] # of the channels, in 0..1
 ) -> Tensor: # (B, 3, H, W) float32
     "(x/255 − mean)/std, channel by channel."
-    m, s = torch.tensor([mean, std]).view(2, 3, 1, 1).to(x.device, non_blocking=True)
+    m, s = sent(torch.tensor([mean, std]).view(2, 3, 1, 1), x.device)
     return x.to(torch.float32, copy=True).mul_(1 / (255 * s)).sub_(m / s)
 
 # %% ../nbs/02_views.ipynb #e9221231
@@ -42,7 +50,7 @@ def denormalise(
     std: tuple[float, float, float] # of the channels, in 0..1
 ) -> Tensor: # (B, 3, H, W) uint8
     "The inverse of `normalise`, rounded to uint8, for pictures and tests."
-    m, s = torch.tensor([mean, std]).view(2, 3, 1, 1).to(x.device, non_blocking=True)
+    m, s = sent(torch.tensor([mean, std]).view(2, 3, 1, 1), x.device)
     return ((x * s + m) * 255).round().clamp(0, 255).to(torch.uint8)
 
 # %% ../nbs/02_views.ipynb #fcde8c2a
@@ -114,7 +122,7 @@ def warp(
     theta: Tensor # (B, 2, 3) of `affine_theta`, on any device
 ) -> Tensor: # (B, 3, H, W) float
     "Sample every image along its own matrix, bilinear, black outside."
-    theta = theta.to(x.device, non_blocking=True)[:, :, :, None, None]
+    theta = sent(theta, x.device)[:, :, :, None, None]
     h, w = ((torch.arange(n, device=x.device) * 2 + 1) / n - 1 for n in x.shape[-2:]) # centres of the pixels
     grid = theta[:, :, 0] * w + theta[:, :, 1] * h[:, None] + theta[:, :, 2] # (B, 2, H, W)
     return F.grid_sample(x.float(), grid.permute(0, 2, 3, 1), align_corners=False)
@@ -127,7 +135,7 @@ def cutout(
     fill: int = 127 # grey level
 ) -> Tensor: # like x
     "Fill one square per image with grey (DeVries & Taylor, 2017; the grey is FixMatch's)."
-    corner = corner.to(x.device, non_blocking=True)
+    corner = sent(corner, x.device)
     rows, cols = ((torch.arange(n, device=x.device) - corner[:, k, None]) for k, n in enumerate(x.shape[-2:]))
     inside = ((rows >= 0) & (rows < edge))[:, None, :, None] & ((cols >= 0) & (cols < edge))[:, None, None, :]
     return x.masked_fill(inside, fill)
@@ -153,7 +161,7 @@ class DigitView(View):
         x = resize(x, (self.size, self.size))
         x = warp(x, affine_theta(params["rotate"], params["shear"], params["scale"], params["shift"] / 16))
         if self.contrast or self.brightness:
-            gain, bias = torch.stack([1 + params["contrast"], params["brightness"]])[:, :, None, None, None].to(x.device, non_blocking=True)
+            gain, bias = sent(torch.stack([1 + params["contrast"], params["brightness"]])[:, :, None, None, None], x.device)
             x = ((x - 127.5) * gain + 127.5 + bias).clamp_(0, 255)
         edge = round(self.cutout * self.size / 32)
         centre = (params["hole"] + 1) / 2 * self.size
@@ -212,9 +220,10 @@ def crop_flip(
     short, pad = round(size * 256 / 224), size // 8
     h, w = (short, int(short * w / h)) if h <= w else (int(short * h / w), short)
     first = (crop * (torch.tensor([h, w]) + 2 * pad - size + 1)).long() - pad
-    i, j = first[:, :1] + torch.arange(size), first[:, 1:] + torch.arange(size)
-    j = torch.where(flip[:, None], j.flip(1), j)
-    i, j = ((n - 1 - (n - 1 - k.abs()).abs()).to(x.device, non_blocking=True) for n, k in ((h, i), (w, j)))
+    first = sent(torch.cat([first, flip[:, None]], 1), x.device) # few bytes to move; the rest happens there
+    place = torch.arange(size, device=x.device)
+    i, j = first[:, :1] + place, first[:, 1:2] + torch.where(first[:, 2:] > 0, size - 1 - place, place)
+    i, j = (n - 1 - (n - 1 - k.abs()).abs() for n, k in ((h, i), (w, j)))
     x = resize(x, (h, w)).gather(2, i[:, None, :, None].expand(-1, 3, -1, w))
     return x.gather(3, j[:, None, None, :].expand(-1, 3, size, -1))
 
@@ -348,8 +357,8 @@ def rand_augment(
     for k, (name, apply, value) in enumerate(OPERATIONS):
         mine = (op == k).nonzero()[:, 0]
         if not len(mine): continue
-        at = mine.to(x.device, non_blocking=True)
-        v = value(level[mine], sign[mine], x.shape[-1]).to(x.device, non_blocking=True)
+        at = sent(mine, x.device)
+        v = sent(value(level[mine], sign[mine], x.shape[-1]), x.device)
         out.index_copy_(0, at, apply(x.index_select(0, at), v))
     return out
 
