@@ -128,7 +128,9 @@ def test_leaving_early_ends_the_workers():
 @pytest.mark.parametrize("name", CHAIN)
 def test_every_variant_gives_the_same_losses(name):
     def losses(v): return [float(t.step(t.images(i), i)) for t in [Trainer(v, small())] for i in range(2)]
-    assert losses(VARIANTS[name]) == pytest.approx(losses(VARIANTS["finessl"]), rel=2e-3)
+    pillow = VARIANTS[name].views == "pillow"                  # rounds otherwise: a grey level here and there
+    assert losses(VARIANTS[name]) == pytest.approx(losses(VARIANTS["batch-views" if not pillow else "pace-on-device"]), rel=1e-5)
+    assert losses(VARIANTS[name]) == pytest.approx(losses(VARIANTS["finessl"]), rel=1e-2 if pillow else 1e-5)
 
 
 def test_a_form_of_attention_is_one_encoders_alone():
