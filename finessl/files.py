@@ -105,6 +105,7 @@ class Lacking(NamedTuple):
         url = next((url for url, why in zip(self.urls, said) if not why), "")
         return url, "" if url else next((why for why in said if "404" not in why), said[0])
 
+# %% ../nbs/00_files.ipynb #53a1bf99
 def lacking_data(
     name: str, # a key of ARCHIVES
     folder, # where it should lie
@@ -115,7 +116,6 @@ def lacking_data(
     what = f"{folder / a.file} is damaged ({damage})" if damage else f"{name} is not in {folder}"
     return Lacking(what, a.file, f"{a.size // 10**6:,}", (a.url,), f"put it into {folder}")
 
-# %% ../nbs/00_files.ipynb #53a1bf99
 def missing_data(name: str, folder) -> Lacking|None: # None: there
     "What a data set lacks: unpacked or as a whole archive it lacks nothing."
     a, folder = ARCHIVES[name], Path(folder).expanduser()
