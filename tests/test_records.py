@@ -50,3 +50,14 @@ def test_how_long_the_studies_take_is_what_the_records_say(capsys):
     assert "constants 1.6" in said and f"{sum(comparison.HOURS.values()):.1f} in all" in said
     with pytest.raises(SystemExit, match="2"): comparison.main(["mre"])
     assert "unknown study 'mre'" in capsys.readouterr().err
+
+
+def test_what_the_readme_says_of_photographs_is_what_the_records_say():
+    from finessl.comparison import paired
+    from finessl.photos import photo_results
+    df = photo_results(root / "figures" / "records")
+    text = (root / "README.md").read_text(encoding="utf-8")
+    for n in (1, 2, 4):
+        wide = df[(df.N == n) & (df.start == "tokens")].pivot(index="seed", columns="row", values="accuracy")[["FineSSL, 600 steps", "FixMatch, 600 steps"]].dropna()
+        p = str(paired(*wide.T.to_numpy())).replace("+", "")
+        assert len(wide) == 10 and p in text, p
