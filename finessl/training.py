@@ -12,7 +12,7 @@ __all__ = ['EPOCHS', 'short', 'paper', 'LABELLED', 'UNLABELLED', 'VIEW_LB', 'VIE
            'version_of', 'environment', 'folder_lock', 'lock', 'Interrupt', 'Run', 'trained_state', 'fingerprint',
            'default_prompts', 'build_model', 'default_device', 'default_precision', 'start_from_tokens', 'read_record',
            'read_trained', 'load_run', 'Meter', 'save_checkpoint', 'surroundings', 'differences', 'foremost', 'foreign',
-           'intact', 'newest', 'read_checkpoint', 'restore', 'take_up', 'empty_log', 'attempt', 'said_of',
+           'intact', 'newest', 'read_checkpoint', 'restore', 'take_up', 'begun_with', 'empty_log', 'attempt', 'said_of',
            'out_of_memory', 'less_than', 'way_on', 'describe', 'split_of', 'settings_of', 'refuse_bad', 'optimizer_of',
            'evaluate', 'readable', 'leave_out', 'same_files', 'unreadable', 'whole_step', 'backward_in_parts',
            'train_step', 'compiled', 'depth_for', 'held', 'keep', 'fit', 'train', 'Stopwatch', 'hidden', 'line',
@@ -826,6 +826,11 @@ def take_up(
     if (said := c["passed_over"] + changed) and (world is None or world.first): tqdm.write(f"resumed from step {c['step']}: {'; '.join(said)}", file=sys.stderr)
     return log, c["step"]
 
+def begun_with(setting: str, folder): # folder: of a run to go on with, or None
+    "A setting of the run whose checkpoint is in a folder; None where there is none."
+    c = None if folder is None else newest(Path(folder))
+    return None if c is None else json.loads(c["settings"]).get(setting)
+
 def empty_log() -> dict:
     "What a run has to tell before its first step."
     return {"evaluations": [], "seconds": 0., "eval_seconds": 0., "resumes": [], "unreadable": []}
@@ -1074,7 +1079,7 @@ def fit(
     prompt_init: str = "random", # "random" as in the paper, or "tokens" of the labelled images
     labelled: str = "all", # "release": drop labelled images as the released loader does
     device=None, # None: cuda, else mps, else cpu
-    precision: str|None = None, # of the encoder: "float32" or "bf16"; None: bf16 on a GPU that has it
+    precision: str|None = None, # of the encoder: "float32" or "bf16"; None: bf16 on a GPU that has it; a resume keeps its own
     depth: int|None = None, # steps whose images are made in advance; None: 2 on a GPU or with files, else 0
     compile: bool|str|None = None, # torch.compile for the encoder: True, a mode of it, or False; None: on CUDA
     evals: int = 10, # evaluations, evenly spaced, the last at the end; none is ever selected
@@ -1091,7 +1096,8 @@ def fit(
     refuse_bad(dataset, algorithm, schedule, seed, batch, mu, evals, checkpoint_every, labelled, precision, peft, prompt_init, accumulate, world.size, init_seed)
     encoder, device = load_backbone(backbone) if isinstance(backbone, str) else backbone, world.device
     views, init_seed = views or default_views(dataset, encoder), seed if init_seed is None else init_seed
-    compile, precision = device.type == "cuda" if compile is None else compile, precision or default_precision(device)
+    compile = device.type == "cuda" if compile is None else compile
+    precision = precision or world.from_first(lambda: begun_with("precision", out if resume else None)) or default_precision(device)
     n_prompts = 0 if peft != "vpt" else default_prompts(encoder) if n_prompts is None else n_prompts
     settings = settings_of(dataset, encoder, algorithm, views, schedule, peft=peft, n_prompts=n_prompts, batch=batch, mu=mu, momentum=momentum, weight_decay=weight_decay,
                            seed=seed, init_seed=init_seed, labelled=labelled, precision=precision, evals=evals, prompt_init=prompt_init)

@@ -251,6 +251,22 @@ def test_bf16_is_the_default_where_the_hardware_has_it(monkeypatch):
     assert fit(digits(2, 0), "pocket", LabelledOnly(), schedule=Schedule(1), batch=4, evals=1, progress=False).record["precision"] == "float32"
 
 
+def test_a_resume_keeps_its_precision_on_another_device(monkeypatch, tmp_path):
+    "A run begun on a CPU goes on where bf16 is the default."
+    settings = dict(schedule=Schedule(4), batch=4, evals=1, progress=False, out=tmp_path / "run", checkpoint_every=2)
+    step = training.train_step
+    def broken(*args, **kwargs):
+        if args[7] == 3: raise KeyboardInterrupt
+        return step(*args, **kwargs)
+    monkeypatch.setattr(training, "train_step", broken)
+    with pytest.raises(KeyboardInterrupt): fit(digits(2, 0), "pocket", LabelledOnly(), **settings)
+    monkeypatch.setattr(training, "train_step", step)
+    monkeypatch.setattr(training, "default_precision", lambda device: "bf16")
+    record = fit(digits(2, 0), "pocket", LabelledOnly(), resume=True, **settings).record
+    assert record["precision"] == "float32" and record["resumes"][0]["step"] == 2
+    assert fit(digits(2, 0), "pocket", LabelledOnly(), resume=True, **settings | {"out": tmp_path / "new"}).record["precision"] == "bf16"
+
+
 def test_a_device_may_be_named_by_the_environment(monkeypatch):
     monkeypatch.setenv("FINESSL_DEVICE", "cuda:7")
     assert training.default_device() == "cuda:7" and training.Place(join=False).device == torch.device("cuda:7")
