@@ -672,8 +672,10 @@ class Far(torch.Tensor):
     def __new__(cls, near): return torch.Tensor._make_wrapper_subclass(cls, near.shape, strides=near.stride(), storage_offset=near.storage_offset(), dtype=near.dtype, device="meta")
 
     def __init__(self, near): self.near = near
-    def __repr__(self): return f"Far({tuple(self.shape)}, {self.dtype})"
-    def tolist(self): return self.cpu().tolist()
+    def fetched(self): return self.cpu() if PretendedDevice.active else self.near
+    def tolist(self): return self.fetched().tolist()
+    def __repr__(self): return repr(self.fetched()) # whoever prints a value asks for it
+    def __format__(self, form): return format(self.fetched(), form)
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None): raise AssertionError(f"{func} outside of PretendedDevice")
@@ -703,14 +705,16 @@ def is_far(device) -> bool: return device is not None and torch.device(device).t
 # %% ../nbs/13_gpu.ipynb #c0de1303
 class PretendedDevice(TorchDispatchMode):
     "While active, the device `meta` has numbers; inside `strictly()` an operation that a GPU's host would wait for is an error."
-    strict = False
+    strict, active = False, 0
 
     def __enter__(self):
+        PretendedDevice.active += 1
         self.supported = optimizers._get_fused_kernels_supported_devices
         optimizers._get_fused_kernels_supported_devices = lambda: [*self.supported(), "meta"]
         return super().__enter__()
 
     def __exit__(self, *exc):
+        PretendedDevice.active -= 1
         optimizers._get_fused_kernels_supported_devices = self.supported
         return super().__exit__(*exc)
 

@@ -235,12 +235,12 @@ def bar(args) -> bool|str: # what `fit` calls progress
 
 def device_of(name): # -> name, or None where none is given
     "A device that is there."
+    if not (given := name or os.environ.get("FINESSL_DEVICE")): return None
     import torch
-    if name is None: return None
-    try: torch.empty(1, device=name)
+    try: torch.empty(1, device=given)
     except (RuntimeError, AssertionError, NotImplementedError):
-        raise UsageError(f"--device {name} is not here; cpu is, cuda {'is' if torch.cuda.is_available() else 'is not'}, mps {'is' if torch.backends.mps.is_available() else 'is not'}") from None
-    return name
+        raise UsageError(f"{'--device' if name else 'FINESSL_DEVICE='}{' ' * bool(name)}{given} is not here; cpu is, cuda {'is' if torch.cuda.is_available() else 'is not'}, mps {'is' if torch.backends.mps.is_available() else 'is not'}") from None
+    return given
 
 def train(args):
     "finessl train"

@@ -959,7 +959,7 @@ def same_files(dataset: Dataset, world: World|None):
 
 def unreadable(dataset: Dataset) -> list[str]:
     "Names of the files found unreadable since the data set was made."
-    found = {name for x in dataset if isinstance(x, ImageFiles) for name in x.left_out or ()}
+    found = {name for x in dataset if isinstance(x, ImageFiles) for name in list(x.left_out or ())} # a copy: images may be read meanwhile
     return sorted(found - set(dataset.split.unreadable if dataset.split is not None else ()))
 
 # %% ../nbs/05_training.ipynb #b5b5fda2

@@ -159,11 +159,15 @@ def test_an_operation_of_randaugment_waits_for_nothing(k):
     check_waits_for_nothing(prepare)
 
 
+calls = {} # of what may wait, in the last `watched_fit`
+
 def watched_fit(monkeypatch, device, *args, **kwargs):
     "`fit` on the pretended device; only evaluations and what is read and written beside them may wait, from the first step's images to the end."
+    calls.clear()
     def may_wait(owner, name):
         f = getattr(owner, name)
         def waiting(*a, **k):
+            calls[name] = calls.get(name, 0) + 1
             with device.strictly(False): return f(*a, **k)
         monkeypatch.setattr(owner, name, waiting)
     for owner, name in ((training, "evaluate"), (training, "postfix"), (training, "save_checkpoint"), (training, "finish"), (Guard, "check"), (Meter, "read")): may_wait(owner, name)
@@ -186,6 +190,7 @@ def test_the_loop_waits_for_evaluations_alone(monkeypatch, tmp_path, algorithm):
     settings = dict(schedule=Schedule(6, clear_every=4), batch=4, evals=2, checkpoint_every=2)
     here = fit(digits(2, 0), "pocket", algorithm, device="cpu", compile=False, progress=False, **settings)
     run = watched_fit(monkeypatch, PretendedDevice(), digits(2, 0), "pocket", algorithm, out=tmp_path / "run", **settings)
+    assert calls == {"evaluate": 2, "read": 2, "save_checkpoint": 2, "check": 4, "finish": 1}, "something waits more often than it has to"
     for a, b in zip(run.record["evaluations"], here.record["evaluations"], strict=True): assert a["loss"] == pytest.approx(b["loss"], rel=1e-3) and a["accuracy"] == pytest.approx(b["accuracy"], abs=.02)
 
 
@@ -196,7 +201,7 @@ def test_the_loop_waits_for_nothing_with_files(monkeypatch, tmp_path, how):
     assert run.record["evaluations"][0]["loss"] > 0
 
 
-@pytest.mark.parametrize("wrong", ["peeking at the loss", "peeking between steps"])
+@pytest.mark.parametrize("wrong", ["peeking at the loss", "peeking between steps", "printing between steps"])
 def test_a_loop_that_waits_is_found(monkeypatch, wrong):
     class Peeking(FixMatch):
         def __call__(self, step, state):
@@ -206,6 +211,9 @@ def test_a_loop_that_waits_is_found(monkeypatch, wrong):
     if wrong == "peeking between steps":
         step = training.train_step
         monkeypatch.setattr(training, "train_step", lambda *a, **k: float(step(*a, **k)))
+    if wrong == "printing between steps":
+        step = training.train_step
+        monkeypatch.setattr(training, "train_step", lambda *a, **k: print(f"loss {step(*a, **k):.3f}"))
     with pytest.raises(AssertionError, match="asks the device for values"): watched_fit(monkeypatch, PretendedDevice(), digits(2, 0), "pocket", Peeking(), schedule=Schedule(3), batch=4, evals=1)
 
 
