@@ -60,7 +60,8 @@ def finessl_loss(
     if margin_on not in ("both", "unlabelled"): raise ValueError(f'margin_on must be "both" or "unlabelled", got {margin_on!r}')
     refuse_outside("gamma", gamma)
     refuse_outside("zeta", zeta, 0, 1)
-    if len(z_ulb_s) % len(z_ulb_w): raise ValueError(f"z_ulb_s must hold V strong views of each of the {len(z_ulb_w)} weak ones, got {len(z_ulb_s)}")
+    if len(z_ulb_s) % len(z_ulb_w):
+        raise ValueError(f"z_ulb_s must hold V strong views of each of the {len(z_ulb_w)} weak ones, got {len(z_ulb_s)}")
     V, C = len(z_ulb_s) // len(z_ulb_w), z_lb.shape[1]
     conf, pl = z_ulb_w.detach().softmax(1).max(1)
     mask = conf >= zeta
@@ -77,7 +78,8 @@ def finessl_loss(
 
 # %% ../nbs/11_algorithms.ipynb #a9487bcb
 CHOICES = MappingProxyType(dict(form=("code", "paper"), margin_form=("code", "paper"), smooth_form=("code", "paper"),
-                                margins=("own", "averaged", "permuted"), margin_on=("both", "unlabelled"), weights=("confidence", "ones", "mask")))
+                                margins=("own", "averaged", "permuted"), margin_on=("both", "unlabelled"),
+                                weights=("confidence", "ones", "mask")))
 
 def refuse_settings(
     a # with the settings of `FineSSL` as attributes
@@ -111,7 +113,8 @@ class FineSSL:
 
     def __post_init__(self):
         code = self.form == "code"
-        for name, value in dict(margin_form=self.form, smooth_form=self.form, smooth_lb=not code, clears=code, n_strong=2 if code else 1).items():
+        for name, value in dict(margin_form=self.form, smooth_form=self.form, smooth_lb=not code, clears=code,
+                                n_strong=2 if code else 1).items():
             if getattr(self, name) is None: object.__setattr__(self, name, value)
         refuse_settings(self)
 

@@ -127,7 +127,8 @@ def unserved(
     return next(filter(None, map(_unplain, trunk.blocks if hasattr(trunk, "blocks") else trunk.transformer.resblocks)), "")
 
 def _unplain(block):
-    if type(block).__name__ not in ("Block", "ResidualAttentionBlock", "CustomResidualAttentionBlock"): return f"is built of {type(block).__name__}s"
+    if type(block).__name__ not in ("Block", "ResidualAttentionBlock", "CustomResidualAttentionBlock"):
+        return f"is built of {type(block).__name__}s"
     attn = block.attn
     if type(attn).__name__ not in ("Attention", "MultiheadAttention"): return f"has {type(attn).__name__} in its blocks"
     return next((f"has attention with a {p}" for p in ("gate", "logit_scale", "head_scale") if getattr(attn, p, None) is not None), "")
@@ -230,7 +231,8 @@ def tiny_kinds() -> dict: # kind -> arguments of the library's constructor
              "timm, no qkv bias": dict(qkv_bias=False), "timm, dynamic size": dict(dynamic_img_size=True)}
     clip = {"open_clip": {}, "open_clip, LayerScale": dict(ls_init_value=.1), "open_clip, qk-norm": dict(qk_norm=True),
             "open_clip, no norm before": dict(no_ln_pre=True),
-            "open_clip, inner norms": dict(scale_attn_inner=True, scale_attn=True, scale_fc=True), "open_clip, QuickGELU": dict(quick_gelu=True),
+            "open_clip, inner norms": dict(scale_attn_inner=True, scale_attn=True, scale_fc=True),
+            "open_clip, QuickGELU": dict(quick_gelu=True),
             "open_clip, timm trunk": dict(timm_model_name="test_vit", timm_pool="token", timm_proj="linear", image_size=160)}
     return ({k: timm_vit | v for k, v in kinds.items()} | {"timm, distillation token": deit,
             "timm, hybrid stem": stem} | clip)
@@ -296,7 +298,8 @@ def _nearest(wrong, names): # "; did you mean …?" or ""
 
 def _pocket_source():
     folder = Path(str(resources.files("finessl"))) / "weights"
-    if not (folder / "pocket.json").is_file(): raise BackboneError("the pocket encoder's files are not in this installation; reinstall finessl")
+    if not (folder / "pocket.json").is_file():
+        raise BackboneError("the pocket encoder's files are not in this installation; reinstall finessl")
     card = json.loads((folder / "pocket.json").read_text())
     return Source("pocket", partial(_open_clip_model, card["config"]), tuple(card["mean"]), tuple(card["std"]),
                   partial(byte_tokens, length=card["context"]), files=(str(folder / "pocket.safetensors"),))
@@ -308,17 +311,21 @@ def _open_clip_source(name):
     config = open_clip.get_model_config(arch)
     if config is None: raise BackboneError(f"open_clip has no architecture {arch!r}{_nearest(arch, open_clip.list_models())}")
     tags, cfg = open_clip.list_pretrained_tags_by_model(arch), open_clip.get_pretrained_cfg(arch, tag) or {}
-    if tag and not cfg: raise BackboneError(f"open_clip has no weights {tag!r} for {arch}{_nearest(tag, tags) or '; it has ' + (', '.join(tags) or 'none')}")
+    if tag and not cfg:
+        raise BackboneError(f"open_clip has no weights {tag!r} for {arch}"
+                            f"{_nearest(tag, tags) or '; it has ' + (', '.join(tags) or 'none')}")
     quick, objection = bool(cfg.get("quick_gelu")), ""
     if cfg and quick != bool(config.get("quick_gelu")):
         other = f"{arch}-quickgelu" if quick else arch.removesuffix("-quickgelu")
-        hint = f"use 'open_clip:{other}/{tag}'" if open_clip.get_model_config(other) else "open_clip has no such architecture with the right one"
+        hint = (f"use 'open_clip:{other}/{tag}'" if open_clip.get_model_config(other)
+                else "open_clip has no such architecture with the right one")
         objection = f"the weights {tag!r} were trained with {'QuickGELU' if quick else 'GELU'}, which {arch} is not built with; {hint}"
     folder, file = os.path.split(cfg.get("hf_hub", ""))
     file = file or "open_clip_pytorch_model.bin"
     safe = "open_clip_model.safetensors" if file == "open_clip_pytorch_model.bin" else str(Path(file).with_suffix(".safetensors"))
     foreign = "multimodal_cfg" in config or {"hf_model_name", "hf_tokenizer_name"} & set(config["text_cfg"])
-    return Source(name, partial(_open_clip_model, config), cfg.get("mean", open_clip.OPENAI_DATASET_MEAN), cfg.get("std", open_clip.OPENAI_DATASET_STD),
+    return Source(name, partial(_open_clip_model, config),
+                  cfg.get("mean", open_clip.OPENAI_DATASET_MEAN), cfg.get("std", open_clip.OPENAI_DATASET_STD),
                   None if foreign else partial(_open_clip_tokens, arch), folder, (safe, file) if folder else (), objection)
 
 def _open_clip_tokens(arch, captions):
@@ -343,7 +350,8 @@ def _timm_source(name):
     wrong = quick != f"{arch}.{cfg.tag}" and quick in timm.list_models("*quickgelu*", pretrained=True)
     objection = f"the weights {cfg.tag!r} were trained with QuickGELU, which {arch} is not built with; use 'timm:{quick}'" if wrong else ""
     files = (cfg.hf_hub_filename,) if cfg.hf_hub_filename else ("model.safetensors", "pytorch_model.bin")
-    return Source(name, partial(_timm_model, full, num_classes=0), cfg.mean, cfg.std, None, cfg.hf_hub_id or "", files if cfg.hf_hub_id else (), objection)
+    return Source(name, partial(_timm_model, full, num_classes=0), cfg.mean, cfg.std, None,
+                  cfg.hf_hub_id or "", files if cfg.hf_hub_id else (), objection)
 
 # %% ../nbs/03_backbone.ipynb #ba6aec04
 def _source(name):
@@ -358,7 +366,9 @@ def _mb(model): return round(4e-6 * sum(p.numel() for p in model.parameters())) 
 
 def _fetch(source, plan, ask=answers): # plan: the model, on any device
     "Path of the pretrained weights: from the cache, else from the hub."
-    if not source.files: raise BackboneError(f"{source.name} names no pretrained weights; name some (ARCH/WEIGHTS), or a local file with --checkpoint FILE (in Python checkpoint=FILE, or checkpoint=False for random ones)")
+    if not source.files:
+        raise BackboneError(f"{source.name} names no pretrained weights; name some (ARCH/WEIGHTS), or a local file with "
+                            "--checkpoint FILE (in Python checkpoint=FILE, or checkpoint=False for random ones)")
     if not source.repo: return source.files[0]
     from huggingface_hub import hf_hub_download, try_to_load_from_cache
     if (lacking := missing_weights(source.name, weights=Weights(source.repo, _mb(plan), 0, source.files))) is None:
@@ -379,7 +389,8 @@ def read_weights(
     try: loaded = load_file(path) if start[8:] == b"{" else torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise BackboneError(f"{path} holds more than tensors, or is no weights file; bring the weights as safetensors") from error
-    except (SafetensorError, EOFError, RuntimeError, ValueError, LookupError, TypeError, AttributeError, AssertionError, struct.error, OSError) as error: # noise is anything
+    except (SafetensorError, EOFError, RuntimeError, ValueError, LookupError, TypeError,
+            AttributeError, AssertionError, struct.error, OSError) as error: # noise is anything
         raise BackboneError(f"{path} is empty, truncated, or no weights file") from error
     return _unwrapped(path, loaded)
 
@@ -396,8 +407,10 @@ def _unwrapped(path, loaded):
 def _as_timm(weights, model):
     from timm.models.vision_transformer_hybrid import checkpoint_filter_fn
     if "class_embedding" in weights: weights = {f"visual.{k}": v for k, v in weights.items()}
-    patch, ours = weights.get("patch_embed.proj.weight", weights.get("visual.conv1.weight")), getattr(getattr(model.patch_embed, "proj", None), "weight", None)
-    if patch is not None and ours is not None and patch.ndim == 4 and patch.shape != ours.shape: return {"patch_embed.proj.weight": patch} # timm would resample it
+    patch, ours = (weights.get("patch_embed.proj.weight", weights.get("visual.conv1.weight")),
+                   getattr(getattr(model.patch_embed, "proj", None), "weight", None))
+    if patch is not None and ours is not None and patch.ndim == 4 and patch.shape != ours.shape:
+        return {"patch_embed.proj.weight": patch} # timm would resample it
     weights = checkpoint_filter_fn(weights, model)
     weights = {k.replace("gamma_1", "ls1.gamma").replace("gamma_2", "ls2.gamma"): v for k, v in weights.items()}
     return {k: v for k, v in weights.items() if not k.startswith(("head.", "head_dist.", "fc_norm.", "pre_logits."))}
@@ -407,7 +420,8 @@ def _as_open_clip(weights, model):
     from open_clip.model import convert_to_custom_text_state_dict, resize_pos_embed
     if not any(k.startswith("visual.") for k in weights): weights = {f"visual.{k}": v for k, v in weights.items()}
     weights = convert_state_dict(model, {k: v for k, v in weights.items() if k not in ("input_resolution", "context_length", "vocab_size")})
-    if "text.positional_embedding" in model.state_dict() and "positional_embedding" in weights: weights = convert_to_custom_text_state_dict(weights)
+    if "text.positional_embedding" in model.state_dict() and "positional_embedding" in weights:
+        weights = convert_to_custom_text_state_dict(weights)
     if isinstance(model, nn.ModuleDict): weights = {k: v for k, v in weights.items() if k.startswith("visual.")}
     for k in ("logit_scale", "logit_bias"): # not used here
         if (ours := getattr(model, k, None)) is None: weights.pop(k, None)
@@ -448,7 +462,8 @@ def _resize(model, size, name):
     if is_timm: return trunk.set_input_size(img_size=(size, size))
     from timm.layers import resample_abs_pos_embed
     grid = (size // patch, size // patch)
-    positions = resample_abs_pos_embed(trunk.positional_embedding.detach()[None], new_size=grid, old_size=trunk.grid_size, num_prefix_tokens=1)[0]
+    positions = resample_abs_pos_embed(trunk.positional_embedding.detach()[None],
+                                       new_size=grid, old_size=trunk.grid_size, num_prefix_tokens=1)[0]
     trunk.positional_embedding, trunk.grid_size, trunk.image_size = nn.Parameter(positions), grid, (size, size)
 
 # %% ../nbs/03_backbone.ipynb #19f841d4
@@ -478,7 +493,8 @@ def hub_names() -> list[str]:
     "Names with pretrained weights that the installed timm and open_clip know and that may be served."
     import open_clip, timm
     full = [name for home in TIMM_HOMES for name in timm.list_models(module=home, pretrained=True)]
-    return sorted({f"timm:{n}" for name in full for n in (name, name.partition(".")[0])}) + sorted(f"open_clip:{arch}/{tag}" for arch, tag in open_clip.list_pretrained())
+    return (sorted({f"timm:{n}" for name in full for n in (name, name.partition(".")[0])})
+            + sorted(f"open_clip:{arch}/{tag}" for arch, tag in open_clip.list_pretrained()))
 
 def hub_row(
     name: str # one of `hub_names()`
@@ -486,7 +502,8 @@ def hub_row(
     "A line of the table in finessl/weights/hub.json."
     s = _source(name)
     if s.objection or not s.repo: return None
-    with torch.device("meta"): model = s.build(**{"num_classes": None} if name.startswith("timm:") else {}) # with the classifier that the file holds
+    with torch.device("meta"):
+        model = s.build(**{"num_classes": None} if name.startswith("timm:") else {}) # with the classifier that the file holds
     if unserved(model): return None
     files = () if s.files == USUAL[name.partition(":")[0]] else s.files
     return [s.repo, _mb(model), Encoder(model, name).patch_size, *files]

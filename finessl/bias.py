@@ -20,7 +20,8 @@ def imbalance(
 ) -> float: # ≥ 1; infinite where a class has none
     "Largest count over the smallest."
     counts = torch.as_tensor(counts, dtype=torch.float64)
-    if counts.ndim != 1 or counts.min() < 0 or not counts.any(): raise ValueError(f"counts must be (C,), >= 0 and not all 0, got {counts.tolist()}")
+    if counts.ndim != 1 or counts.min() < 0 or not counts.any():
+        raise ValueError(f"counts must be (C,), >= 0 and not all 0, got {counts.tolist()}")
     return float(counts.max() / counts.min())
 
 def class_entropy(
@@ -28,7 +29,8 @@ def class_entropy(
 ) -> float: # in nats, from 0 (one class has all) to ln C (all even)
     "Entropy of the classes' shares (FineSSL, figure 3b)."
     counts = torch.as_tensor(counts, dtype=torch.float64)
-    if counts.ndim != 1 or counts.min() < 0 or not counts.any(): raise ValueError(f"counts must be (C,), >= 0 and not all 0, got {counts.tolist()}")
+    if counts.ndim != 1 or counts.min() < 0 or not counts.any():
+        raise ValueError(f"counts must be (C,), >= 0 and not all 0, got {counts.tolist()}")
     return float(torch.special.entr(counts / counts.sum()).sum())
 
 # %% ../nbs/07_bias.ipynb #35b81a5c
@@ -41,7 +43,8 @@ class Judged(NamedTuple):
     ood: Tensor # (N,) bool, out of distribution: truth is none of the C classes
 
     @property
-    def groups(self) -> dict: return {k: m for k, m in {"right": self.right, "wrong": self.wrong, "out of distribution": self.ood}.items() if m.any()}
+    def groups(self) -> dict:
+        return {k: m for k, m in {"right": self.right, "wrong": self.wrong, "out of distribution": self.ood}.items() if m.any()}
     @property
     def known(self) -> Tensor: return self.right | self.wrong # (N,) bool
 
@@ -51,8 +54,10 @@ def judge(
     conf: Tensor|None = None # (N,) confidence in the pseudo-labels where it is not max p, e.g. the auxiliary head's
 ) -> Judged:
     "Sort images into right, wrong and out of distribution."
-    if p.ndim != 2 or y.shape != p.shape[:1]: raise ValueError(f"p and y must be (N, C) and (N,), got {tuple(p.shape)} and {tuple(y.shape)}")
-    if p.min() < 0 or (p.sum(1) - 1).abs().max() > 1e-3: raise ValueError("p must hold probabilities: rows >= 0 that sum to 1 (logits? take their softmax)")
+    if p.ndim != 2 or y.shape != p.shape[:1]:
+        raise ValueError(f"p and y must be (N, C) and (N,), got {tuple(p.shape)} and {tuple(y.shape)}")
+    if p.min() < 0 or (p.sum(1) - 1).abs().max() > 1e-3:
+        raise ValueError("p must hold probabilities: rows >= 0 that sum to 1 (logits? take their softmax)")
     top, pl = p.max(1)
     known = (y >= 0) & (y < p.shape[1])
     return Judged(pl, top if conf is None else conf, known & (pl == y), known & (pl != y), y >= p.shape[1])
@@ -71,7 +76,9 @@ def reliability(
     bins: int = 15 # M ≥ 1, of equal width; a value on an edge belongs to the bin below
 ) -> Reliability:
     "The reliability diagram's numbers (Guo et al. 2017)."
-    if bins < 1 or conf.shape != right.shape or conf.ndim != 1 or not len(conf): raise ValueError(f"needs bins >= 1 and conf, right of one shape (N,), N >= 1; got {bins}, {tuple(conf.shape)}, {tuple(right.shape)}")
+    if bins < 1 or conf.shape != right.shape or conf.ndim != 1 or not len(conf):
+        raise ValueError("needs bins >= 1 and conf, right of one shape (N,), N >= 1; "
+                         f"got {bins}, {tuple(conf.shape)}, {tuple(right.shape)}")
     if conf.min() < 0 or conf.max() > 1 + 1e-6: raise ValueError(f"conf must lie in [0, 1], got {conf.min():.3g} to {conf.max():.3g}")
     conf, right = conf.double(), right.double()
     edges = torch.linspace(0, 1, bins + 1, dtype=torch.float64)
@@ -160,7 +167,8 @@ def plot_confidence(
 ):
     "Histograms of confidence for right, wrong and out-of-distribution images, each with area 1."
     for name, mask in j.groups.items():
-        ax.hist(j.conf[mask].numpy(), np.linspace(0, top, bins + 1), density=True, histtype="stepfilled", alpha=.35, color=colour(name), label=f"{name} ({int(mask.sum())})")
+        ax.hist(j.conf[mask].numpy(), np.linspace(0, top, bins + 1), density=True, histtype="stepfilled", alpha=.35,
+                color=colour(name), label=f"{name} ({int(mask.sum())})")
         ax.axvline(j.conf[mask].mean(), color=colour(name), lw=1, ls="--")
     ax.set(xlabel="confidence", ylabel="density", xlim=(0, top))
 
@@ -174,7 +182,8 @@ def plot_reliability(
     r = reliability(j.conf[j.known], j.right[j.known], bins)
     ax.plot([0, 1], [0, 1], color="black", lw=.8, ls=":")
     ax.plot(r.conf, r.accuracy, color=colour(name), lw=1)
-    ax.scatter(r.conf, r.accuracy, s=150 * r.count / r.count.max() + 3, color=colour(name), label=f"{name}, ECE {calibration_error(j.conf[j.known], j.right[j.known], bins):.3f}")
+    ax.scatter(r.conf, r.accuracy, s=150 * r.count / r.count.max() + 3, color=colour(name),
+               label=f"{name}, ECE {calibration_error(j.conf[j.known], j.right[j.known], bins):.3f}")
     ax.set(xlabel="confidence", ylabel="share that is right", xlim=(0, 1.02), ylim=(0, 1.02))
 
 def together(runs: list) -> Judged: # runs: LabRuns

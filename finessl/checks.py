@@ -198,7 +198,8 @@ def check_rand_augment(
     assert torch.equal(out[0], ramp[0]), "op -1 must leave an image as it is"
     row = out[:, 0, 3].tolist()
     assert row[1] == [0, 60, 120, 127, 127, 115, 55, 35, 1, 0], f"Solarize at level 5 inverts from 128: got {row[1]}"
-    assert row[2] == [60, 120, 127, 128, 140, 200, 220, 254, 255, 0], f"TranslateX at level 5 of 10 px looks int(1.5) = 1 px further right: got {row[2]}"
+    assert row[2] == [60, 120, 127, 128, 140, 200, 220, 254, 255, 0], (
+        f"TranslateX at level 5 of 10 px looks int(1.5) = 1 px further right: got {row[2]}")
     assert row[3] == [0, 48, 112, 112, 128, 128, 192, 208, 240, 240], f"Posterize at level 1 keeps 4 bits: got {row[3]}"
     mirrored = f(ramp, op, level, -sign)[2, 0, 3].tolist()
     assert mirrored == [0, 0, 60, 120, 127, 128, 140, 200, 220, 254], f"TranslateX with sign -1 looks left: got {mirrored}"
@@ -656,7 +657,8 @@ def check_finessl_algorithm(make):
         a(step(a.n_strong), state)
         a.clear(state)
         assert (state["pace"].counts.sum() == 0) == empties                    # the code clears the table, the paper does not
-    for k, v in (("gamma", -1.), ("lam", 2.), ("zeta", -.1), ("alpha", -1.), ("alpha", math.inf), ("gamma", math.inf), ("gamma", "a"), ("form", "text"), ("margins", "none"), ("n_strong", 0)):
+    for k, v in (("gamma", -1.), ("lam", 2.), ("zeta", -.1), ("alpha", -1.), ("alpha", math.inf), ("gamma", math.inf),
+                 ("gamma", "a"), ("form", "text"), ("margins", "none"), ("n_strong", 0)):
         with raises(ValueError, k): make(**{k: v})
 
 # %% ../nbs/13_gpu.ipynb #39744528
@@ -669,7 +671,9 @@ from torch.utils._pytree import tree_leaves, tree_map
 class Far(torch.Tensor):
     "A tensor on a device that is not there: the numbers are `.near`, on the CPU."
     @staticmethod
-    def __new__(cls, near): return torch.Tensor._make_wrapper_subclass(cls, near.shape, strides=near.stride(), storage_offset=near.storage_offset(), dtype=near.dtype, device="meta")
+    def __new__(cls, near):
+        return torch.Tensor._make_wrapper_subclass(cls, near.shape, strides=near.stride(), storage_offset=near.storage_offset(),
+                                                   dtype=near.dtype, device="meta")
 
     def __init__(self, near): self.near = near
     def fetched(self): return self.cpu() if PretendedDevice.active else self.near
@@ -680,7 +684,9 @@ class Far(torch.Tensor):
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None): raise AssertionError(f"{func} outside of PretendedDevice")
 
-VALUES = ("_local_scalar_dense", "is_nonzero", "equal", "allclose", "nonzero", "masked_select", "bincount", "repeat_interleave", "_unique2", "unique_dim", "unique_consecutive") # answers or shapes that depend on numbers
+# answers or shapes that depend on numbers
+VALUES = ("_local_scalar_dense", "is_nonzero", "equal", "allclose", "nonzero", "masked_select", "bincount",
+          "repeat_interleave", "_unique2", "unique_dim", "unique_consecutive")
 
 # %% ../nbs/13_gpu.ipynb #c0de1302
 def wait_in(func, args, kwargs) -> str: # "" where there is none
@@ -695,9 +701,12 @@ def wait_in(func, args, kwargs) -> str: # "" where there is none
         if not isinstance(args[0], Far): return "asks the device for values"
         return "" if len(args) > 2 and args[2] else "copies to the device while the host waits"
     if name in VALUES: return f"asks the device for values ({name})"
-    if name.startswith("index") and any(isinstance(t, torch.Tensor) and t.dtype in (torch.bool, torch.uint8) for t in tree_leaves(args[1])): return "asks the device which indices are meant (boolean index)"
-    if any(t.is_meta and not isinstance(t, Far) for t in leaves): return f"fills a tensor on the device with numbers of the host, before {name}"
-    if name != "copy_" and any(not isinstance(t, Far) and t.ndim for t in leaves): return f"copies to the device while the host waits: a tensor of the host in {name}"
+    if name.startswith("index") and any(isinstance(t, torch.Tensor) and t.dtype in (torch.bool, torch.uint8) for t in tree_leaves(args[1])):
+        return "asks the device which indices are meant (boolean index)"
+    if any(t.is_meta and not isinstance(t, Far) for t in leaves):
+        return f"fills a tensor on the device with numbers of the host, before {name}"
+    if name != "copy_" and any(not isinstance(t, Far) and t.ndim for t in leaves):
+        return f"copies to the device while the host waits: a tensor of the host in {name}"
     return ""
 
 def is_far(device) -> bool: return device is not None and torch.device(device).type == "meta"

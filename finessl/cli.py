@@ -28,7 +28,8 @@ class Parser(argparse.ArgumentParser):
         if self._subparsers is None:                           # a command: what follows it is its own
             for text in args[:args.index("--") if "--" in args else None]:
                 option = text.partition("=")[0]
-                if option.startswith("--") and " " not in option and option not in self._option_string_actions: self.error(f"there is no option {option}{near(option, self._option_string_actions)}")
+                if option.startswith("--") and " " not in option and option not in self._option_string_actions:
+                    self.error(f"there is no option {option}{near(option, self._option_string_actions)}")
         found, unknown = super().parse_known_args(args, namespace)
         if unknown: self.error(f"this has no meaning here: {shlex.join(unknown)}")
         return found, unknown
@@ -77,7 +78,8 @@ def add_algorithm(parser):
     group.add_argument("--algorithm", choices=list(OPTIONS), default="finessl", help="how to learn from the unlabelled images")
     share, positive = number(float, 0, 1), number(float, 0)
     group = parser.add_argument_group("options of --algorithm finessl")
-    group.add_argument("--form", choices=("code", "paper"), help="where the two differ, follow the released code or the paper's text (default: code)")
+    group.add_argument("--form", choices=("code", "paper"),
+                       help="where the two differ, follow the released code or the paper's text (default: code)")
     group.add_argument("--zeta", metavar="ζ", type=share, help="confidence from which a pseudo-label counts for the margins (default: 0.7)")
     group.add_argument("--gamma", metavar="γ", type=positive, help="weight of the unlabelled loss (default: 3)")
     group.add_argument("--alpha", metavar="α", type=positive, help="scale of the margins; 0: none (default: 8)")
@@ -110,21 +112,29 @@ def add_train(commands, common):
     p.set_defaults(run=train, decay="step", clear_every=None, normalise=None) # the latter three: a preset's
     whole, above0 = number(int, 1), number(float, 0, least_allowed=False)
     g = p.add_argument_group("images")
-    g.add_argument("--data", help="digits, cifar10, cifar100, food101, a folder with train/<class>/* (and where you have them test/<class>/* and unlabelled/*), or a folder with list files (labelled.txt, unlabelled.txt, test.txt)")
-    g.add_argument("--preset", metavar="NAME", help="a run of the paper, as cifar100-n4: data, encoder and constants; options given beside it win")
-    g.add_argument("--normalisation", choices=("release", "encoder"), help="with --preset: mean and std of the released trainer, or the encoder's own (default: release)")
-    g.add_argument("--per-class", metavar="N", type=whole, help="labelled images per class, drawn from --split-seed (default: for a folder all in train/, otherwise required)")
+    g.add_argument("--data", help="digits, cifar10, cifar100, food101, a folder with train/<class>/* (and where you have them "
+                                  "test/<class>/* and unlabelled/*), or a folder with list files (labelled.txt, unlabelled.txt, test.txt)")
+    g.add_argument("--preset", metavar="NAME",
+                   help="a run of the paper, as cifar100-n4: data, encoder and constants; options given beside it win")
+    g.add_argument("--normalisation", choices=("release", "encoder"),
+                   help="with --preset: mean and std of the released trainer, or the encoder's own (default: release)")
+    g.add_argument("--per-class", metavar="N", type=whole,
+                   help="labelled images per class, drawn from --split-seed (default: for a folder all in train/, otherwise required)")
     g.add_argument("--split-seed", metavar="S", type=int, help="which images are labelled (default: as --seed)")
     g.add_argument("--image-size", metavar="PX", type=whole, help="side of the square that the encoder sees (default: the encoder's own)")
-    g.add_argument("--skip-unreadable", action="store_true", help="leave out image files that cannot be read, now or later in the run, and name them in the record")
-    g.add_argument("--data-dir", metavar="DIR", default="~/.cache/finessl", help="where cifar10, cifar100 and food101 lie or are downloaded to")
+    g.add_argument("--skip-unreadable", action="store_true",
+                   help="leave out image files that cannot be read, now or later in the run, and name them in the record")
+    g.add_argument("--data-dir", metavar="DIR", default="~/.cache/finessl",
+                   help="where cifar10, cifar100 and food101 lie or are downloaded to")
     add_algorithm(p)
     g = p.add_argument_group("model")
     g.add_argument("--backbone", default="pocket", help="pocket, open_clip:ARCHITECTURE/PRETRAINED, or timm:NAME")
     g.add_argument("--checkpoint", metavar="FILE", type=a_path, help="the encoder's weights in a local file (default: its pretrained ones)")
     g.add_argument("--peft", choices=("vpt", "linear"), default="vpt", help="train prompts in every layer and heads, or heads alone")
-    g.add_argument("--prompts", metavar="P", type=whole, help="prompts per layer, for --peft vpt (default: 50 for 197 tokens, as in the paper; 4 for the pocket)")
-    g.add_argument("--prompt-init", choices=("random", "tokens"), default="random", help="prompts start at random, as in the paper, or as tokens of labelled images, for encoders that random ones upset")
+    g.add_argument("--prompts", metavar="P", type=whole,
+                   help="prompts per layer, for --peft vpt (default: 50 for 197 tokens, as in the paper; 4 for the pocket)")
+    g.add_argument("--prompt-init", choices=("random", "tokens"), default="random",
+                   help="prompts start at random, as in the paper, or as tokens of labelled images, for encoders that random ones upset")
     g.add_argument("--init-seed", metavar="S", type=int, help="initial prompts and heads (default: as --seed)")
     g = p.add_argument_group("training")
     g.add_argument("--seed", metavar="S", type=int, default=0, help="order of the images and their random views")
@@ -132,14 +142,21 @@ def add_train(commands, common):
     g.add_argument("--lr", type=above0, default=.03, help="learning rate at the first step, falling as a cosine")
     g.add_argument("--batch", metavar="B", type=whole, default=32, help="labelled images per step")
     g.add_argument("--mu", metavar="μ", type=whole, default=1, help="unlabelled images per labelled one")
-    g.add_argument("--labelled", choices=("all", "release"), default="all", help="release: drop labelled images as the released trainer's loader does")
-    g.add_argument("--accumulate", metavar="K", type=whole, default=1, help="compute the batch in so many pieces: the same update with less memory, more slowly")
-    g.add_argument("--precision", choices=("float32", "bf16"), help="of the encoder's arithmetic (default: bf16 on a GPU that has it, else float32)")
-    g.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: FINESSL_DEVICE of the environment, else the first of cuda, mps, cpu that is there)")
-    g.add_argument("--processes", metavar="N", type=whole, default=1, help="train with so many processes, a GPU each or shares of the CPU's cores: the same batch, the same result")
-    g.add_argument("--evals", metavar="E", type=whole, default=10, help="evaluations on the test part; the last one counts, none is selected")
+    g.add_argument("--labelled", choices=("all", "release"), default="all",
+                   help="release: drop labelled images as the released trainer's loader does")
+    g.add_argument("--accumulate", metavar="K", type=whole, default=1,
+                   help="compute the batch in so many pieces: the same update with less memory, more slowly")
+    g.add_argument("--precision", choices=("float32", "bf16"),
+                   help="of the encoder's arithmetic (default: bf16 on a GPU that has it, else float32)")
+    g.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: FINESSL_DEVICE of the environment, "
+                                    "else the first of cuda, mps, cpu that is there)")
+    g.add_argument("--processes", metavar="N", type=whole, default=1,
+                   help="train with so many processes, a GPU each or shares of the CPU's cores: the same batch, the same result")
+    g.add_argument("--evals", metavar="E", type=whole, default=10,
+                   help="evaluations on the test part; the last one counts, none is selected")
     g = p.add_argument_group("what is kept")
-    g.add_argument("--out", metavar="DIR", type=a_path, required=True, help="folder of this run: record.json and model.safetensors, and checkpoints on the way")
+    g.add_argument("--out", metavar="DIR", type=a_path, required=True,
+                   help="folder of this run: record.json and model.safetensors, and checkpoints on the way")
     g.add_argument("--checkpoint-every", metavar="K", type=whole, default=500, help="steps between checkpoints; Ctrl-C writes one too")
     g.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out, or start where there is none")
     g.add_argument("--quiet", action="store_true", help="print nothing but errors")
@@ -181,8 +198,9 @@ def apply_preset(args):
     typed = {a.partition("=")[0] for a in shlex.split(args.command_line) if a.startswith("--")}
     data, schedule = p["data"]["name"], p["fit"]["schedule"]
     if data == "folder" and not args.data: raise UsageError(f"--preset {args.preset} needs --data: the folder of its images or list files")
-    chosen = {"--per-class": ("per_class", p["data"]["n_per_class"]), "--backbone": ("backbone", p["backbone"]), "--image-size": ("image_size", p["image_size"]),
-              "--steps": ("steps", schedule["steps"]), "--lr": ("lr", schedule["lr"]), "--batch": ("batch", p["fit"]["batch"]), "--mu": ("mu", p["fit"]["mu"]), "--evals": ("evals", p["fit"]["evals"])}
+    chosen = {"--per-class": ("per_class", p["data"]["n_per_class"]), "--backbone": ("backbone", p["backbone"]),
+              "--image-size": ("image_size", p["image_size"]), "--steps": ("steps", schedule["steps"]), "--lr": ("lr", schedule["lr"]),
+              "--batch": ("batch", p["fit"]["batch"]), "--mu": ("mu", p["fit"]["mu"]), "--evals": ("evals", p["fit"]["evals"])}
     if data != "folder": chosen["--data"] = ("data", data)
     if args.peft == "vpt": chosen["--prompts"] = ("prompts", p["fit"]["n_prompts"])
     if args.algorithm == "finessl": chosen |= {f"--{k}": (k, v) for k, v in p["algorithm"].items()}
@@ -198,14 +216,19 @@ def check_train(args):
     elif args.normalisation: raise UsageError("--normalisation belongs to --preset")
     if not args.data: raise UsageError("finessl train needs --data, or --preset")
     chosen_options(args)
-    if args.batch < args.processes * args.accumulate: raise UsageError(f"--batch {args.batch} cannot be divided into --processes {args.processes} x --accumulate {args.accumulate} parts")
-    if args.processes > 1 and int(os.environ.get("WORLD_SIZE", 1)) > 1: raise UsageError("--processes starts processes, and torchrun has done so already: leave one of them out")
+    if args.batch < args.processes * args.accumulate:
+        raise UsageError(f"--batch {args.batch} cannot be divided into --processes {args.processes} x --accumulate {args.accumulate} parts")
+    if args.processes > 1 and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise UsageError("--processes starts processes, and torchrun has done so already: leave one of them out")
     if args.prompts is not None and args.peft != "vpt": raise UsageError(f"--prompts belongs to --peft vpt, not to {args.peft}")
-    if args.prompt_init == "tokens" and args.peft != "vpt": raise UsageError(f"--prompt-init tokens belongs to --peft vpt, not to {args.peft}")
-    if args.skip_unreadable and args.data in ("digits", *ARCHIVES): raise UsageError(f"--skip-unreadable belongs to a folder of images or list files, not to --data {args.data}")
+    if args.prompt_init == "tokens" and args.peft != "vpt":
+        raise UsageError(f"--prompt-init tokens belongs to --peft vpt, not to {args.peft}")
+    if args.skip_unreadable and args.data in ("digits", *ARCHIVES):
+        raise UsageError(f"--skip-unreadable belongs to a folder of images or list files, not to --data {args.data}")
     if args.data in ("digits", *ARCHIVES):
         if args.per_class is None: raise UsageError(f"--data {args.data} needs --per-class: how many images per class are labelled")
-    elif not Path(args.data).exists(): raise UsageError(f"--data {args.data}: path does not exist (by name there are digits, {', '.join(ARCHIVES)})")
+    elif not Path(args.data).exists():
+        raise UsageError(f"--data {args.data}: path does not exist (by name there are digits, {', '.join(ARCHIVES)})")
     if args.checkpoint and not Path(args.checkpoint).is_file(): raise UsageError(f"--checkpoint {args.checkpoint}: file does not exist")
     check_backbone(args.backbone, args.image_size)
     check_out(args.out)
@@ -215,7 +238,9 @@ def check_train(args):
 
 def check_backbone(name: str, image_size: int|None):
     "Refuse an encoder that no library could know, and images that a known one cannot take."
-    if name != "pocket" and not name.startswith(("open_clip:", "timm:")): raise UsageError(f"--backbone {name}: no such encoder; there are pocket, open_clip:ARCHITECTURE/PRETRAINED and timm:NAME{near(name, ['pocket'])}")
+    if name != "pocket" and not name.startswith(("open_clip:", "timm:")):
+        raise UsageError(f"--backbone {name}: no such encoder; there are pocket, open_clip:ARCHITECTURE/PRETRAINED "
+                         f"and timm:NAME{near(name, ['pocket'])}")
     refuse_size(name, image_size)
 
 def check_files(args):
@@ -239,7 +264,9 @@ def device_of(name): # -> name, or None where none is given
     import torch
     try: torch.empty(1, device=given)
     except (RuntimeError, AssertionError, NotImplementedError):
-        raise UsageError(f"{'--device' if name else 'FINESSL_DEVICE='}{' ' * bool(name)}{given} is not here; cpu is, cuda {'is' if torch.cuda.is_available() else 'is not'}, mps {'is' if torch.backends.mps.is_available() else 'is not'}") from None
+        raise UsageError(f"{'--device' if name else 'FINESSL_DEVICE='}{' ' * bool(name)}{given} is not here; cpu is, "
+                         f"cuda {'is' if torch.cuda.is_available() else 'is not'}, "
+                         f"mps {'is' if torch.backends.mps.is_available() else 'is not'}") from None
     return given
 
 def train(args):
@@ -265,10 +292,14 @@ def train_as_told(args, device): # device: a name, or None
     encoder = load_backbone(args.backbone, args.checkpoint, args.image_size) # before any image is decoded
     dataset, algorithm = dataset_of(args), algorithm_of(args)
     skipped = f"; left out as unreadable: {dataset.split.skipped}" if dataset.split.skipped else ""
-    say(f"{args.data}: {len(dataset.classes)} classes, {len(dataset.x_lb)} labelled images, {len(dataset.x_ulb)} in the pool, {len(dataset.x_test)} for the test{skipped}")
-    run = fit_on(args.processes, dataset, encoder, algorithm, peft=args.peft, n_prompts=args.prompts, schedule=Schedule(args.steps, args.lr, args.decay, args.clear_every), batch=args.batch, mu=args.mu,
-              views=natural_views(encoder.image_size, *NORMALISATION[args.normalise]) if args.normalise else None, labelled=args.labelled, seed=args.seed, init_seed=args.init_seed, prompt_init=args.prompt_init, device=device, precision=args.precision, evals=args.evals, out=args.out,
-              checkpoint_every=args.checkpoint_every, resume=args.resume, progress=bar(args), command=args.command_line, accumulate=args.accumulate)
+    say(f"{args.data}: {len(dataset.classes)} classes, {len(dataset.x_lb)} labelled images, "
+        f"{len(dataset.x_ulb)} in the pool, {len(dataset.x_test)} for the test{skipped}")
+    run = fit_on(args.processes, dataset, encoder, algorithm, peft=args.peft, n_prompts=args.prompts,
+                 schedule=Schedule(args.steps, args.lr, args.decay, args.clear_every), batch=args.batch, mu=args.mu,
+                 views=natural_views(encoder.image_size, *NORMALISATION[args.normalise]) if args.normalise else None,
+                 labelled=args.labelled, seed=args.seed, init_seed=args.init_seed, prompt_init=args.prompt_init, device=device,
+                 precision=args.precision, evals=args.evals, out=args.out, checkpoint_every=args.checkpoint_every, resume=args.resume,
+                 progress=bar(args), command=args.command_line, accumulate=args.accumulate)
     last = run.record["evaluations"][-1]
     lost = run.record["unreadable"]
     tested = len(dataset.x_test) - (sum(dataset.x_test.left_out.name(f) in lost for f in dataset.x_test.files) if lost else 0)
@@ -287,12 +318,14 @@ def add_predict(commands, common):
     "The options of `finessl predict`."
     p = commands.add_parser("predict", parents=[common], help="classify images with a trained run", description=PREDICT)
     p.set_defaults(run=predict)
-    p.add_argument("images", nargs="+", type=a_path, metavar="IMAGES-OR-FOLDER", help="image files, or folders with image files in them and below")
+    p.add_argument("images", nargs="+", type=a_path, metavar="IMAGES-OR-FOLDER",
+                   help="image files, or folders with image files in them and below")
     p.add_argument("--run", dest="folder", required=True, metavar="DIR", type=a_path, help="folder of a finished `finessl train`")
     p.add_argument("--out", metavar="FILE", type=a_path, help="CSV file to write (default: standard output)")
     p.add_argument("--checkpoint", metavar="FILE", type=a_path, help="the encoder's weights, where they are not where the run found them")
     p.add_argument("--skip-unreadable", action="store_true", help="leave out image files that cannot be read, and say how many")
-    p.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: FINESSL_DEVICE of the environment, else the first of cuda, mps, cpu that is there)")
+    p.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: FINESSL_DEVICE of the environment, "
+                                    "else the first of cuda, mps, cpu that is there)")
 
 def image_files(paths) -> list[Path]:
     "The files among `paths`, and the image files in the folders among them, sorted folder by folder."
@@ -338,7 +371,9 @@ def check_encoder(args):
         record = json.loads((args.folder / "record.json").read_text(encoding="utf-8"))
         backbone, file = str(record["backbone"]), args.checkpoint or record["checkpoint"]
     except (ValueError, LookupError, TypeError, RecursionError): return # load_run says what is wrong with it
-    if file and not Path(file).is_file(): raise UsageError(f"--checkpoint {file}: file does not exist" if args.checkpoint else f"the encoder's weights of {args.folder} are no longer in {file}; name the file with --checkpoint FILE")
+    if file and not Path(file).is_file():
+        raise UsageError(f"--checkpoint {file}: file does not exist" if args.checkpoint
+                         else f"the encoder's weights of {args.folder} are no longer in {file}; name the file with --checkpoint FILE")
     require(None, None, backbone, file)
 
 def predict(args):
@@ -378,7 +413,8 @@ def add_demo(commands, common):
     p.add_argument("--per-class", metavar="N", type=number(int, 1, 100), default=1, help="labelled images per class")
     p.add_argument("--seed", metavar="S", type=int, default=0, help="of the split, the initial weights and the draws")
     p.add_argument("--steps", type=number(int, 1), help="training steps of each run (default: as in the comparison notebook)")
-    p.add_argument("--resume", action="store_true", help="go on with a demo that was stopped: keep its finished methods (default: start afresh)")
+    p.add_argument("--resume", action="store_true",
+                   help="go on with a demo that was stopped: keep its finished methods (default: start afresh)")
     p.add_argument("--quiet", action="store_true", help="print nothing but errors")
 
 def references(dataset, n_per_class: int, seed: int, encoder) -> dict: # name -> {"accuracy", "seconds"}
@@ -408,16 +444,19 @@ def demo_picture(
     some = records["FineSSL"]
     fig = Figure(figsize=(11, 4.3), layout="constrained")
     left, right = fig.subplots(1, 2)
-    for name in (n for n in rows if n not in records): left.axhline(100 * rows[name]["accuracy"], color=colour(name), ls="--", lw=1.2, label=name)
+    for name in (n for n in rows if n not in records):
+        left.axhline(100 * rows[name]["accuracy"], color=colour(name), ls="--", lw=1.2, label=name)
     for name, r in records.items(): plot_over_steps(left, [r], "accuracy", name)
     left.set(ylabel=f"test accuracy (%), {some['n_test']} images", title=f"{some['n_lb']} labelled digits, seed {some['seed']}")
-    plot_counts(right, {n: [records[n]["evaluations"][-1]["pool_pl_counts"]] for n in ("labelled-only", "FixMatch", "FineSSL")}, truth, some["classes"])
+    plot_counts(right, {n: [records[n]["evaluations"][-1]["pool_pl_counts"]] for n in ("labelled-only", "FixMatch", "FineSSL")},
+                truth, some["classes"])
     right.set(xlabel="class", title="pseudo-labels of the pool at the end; dashed: the truth")
     fig.legend(*left.get_legend_handles_labels(), fontsize=9, frameon=False, ncols=len(rows), loc="outside lower center")
     fig.savefig(path, dpi=120, format="png")
 
 # %% ../nbs/80_cli.ipynb #d17b9004
-TRAINED, LEFT = ("labelled-only", "FixMatch", "FineSSL"), ("record.json", "model.safetensors", "checkpoint.pt", "previous-checkpoint.pt") # methods of the demo; what a run leaves behind
+# methods of the demo; what a run leaves behind
+TRAINED, LEFT = ("labelled-only", "FixMatch", "FineSSL"), ("record.json", "model.safetensors", "checkpoint.pt", "previous-checkpoint.pt")
 
 def check_demo(args):
     "Refuse at once what cannot be, or would cost somebody a run."
@@ -426,18 +465,21 @@ def check_demo(args):
         command = "finessl demo"
         with contextlib.suppress(FileNotFoundError, ValueError, LookupError, TypeError): # a torn record is nobody's
             command = str(json.loads((folder / "record.json").read_text(encoding="utf-8"))["command"])
-        if not command.startswith("finessl demo"): raise UsageError(f"--out {args.out}: {folder} holds a run that is no demo's; name another folder")
+        if not command.startswith("finessl demo"):
+            raise UsageError(f"--out {args.out}: {folder} holds a run that is no demo's; name another folder")
 
 def clear(folder: Path):
     "Remove an earlier demo."
-    for file in (*(folder / name.lower() / left for name in TRAINED for left in LEFT), folder / "demo.json", folder / "demo.png"): file.unlink(missing_ok=True)
+    for file in (*(folder / name.lower() / left for name in TRAINED for left in LEFT), folder / "demo.json", folder / "demo.png"):
+        file.unlink(missing_ok=True)
 
 def finished(folder: Path, expected: dict): # expected: settings; -> its record, None where there is none
     "The record of a finished run of these settings; one of others is an error."
     from finessl.training import TrainingError, differences, foremost, load_run
     if not (folder / "record.json").exists(): return None
     record, settings = load_run(folder, device="cpu").record, json.loads(json.dumps(expected))
-    if differ := differences({k: record.get(k) for k in settings}, settings): raise TrainingError(f"{folder} is of another demo ({foremost(differ)}); without --resume it is replaced")
+    if differ := differences({k: record.get(k) for k in settings}, settings):
+        raise TrainingError(f"{folder} is of another demo ({foremost(differ)}); without --resume it is replaced")
     return record
 
 # %% ../nbs/80_cli.ipynb #c81f20aa
@@ -450,7 +492,9 @@ def trained_rows(args, dataset, encoder) -> dict: # name -> record
     for name in TRAINED:
         folder = args.out / name.lower()
         record = finished(folder, settings_of(dataset, encoder, ROWS[name], default_views(dataset, encoder), **how))
-        try: records[name] = record or fit(dataset, encoder, ROWS[name], **how, out=folder, resume=args.resume, progress=bar(args), command=args.command_line).record
+        try:
+            records[name] = record or fit(dataset, encoder, ROWS[name], **how,
+                                          out=folder, resume=args.resume, progress=bar(args), command=args.command_line).record
         except KeyboardInterrupt as e: raise KeyboardInterrupt(f"{name} {e}" if str(e) else "") from None
     return records
 
@@ -481,7 +525,8 @@ def demo(args):
 # %% ../nbs/80_cli.ipynb #398b0a2f
 def demo_table(rows: dict) -> str:
     "Accuracy and seconds of every row, as text."
-    return "\n".join([f"\n{'':<18}{'test accuracy':>14}{'seconds':>10}", *(f"{name:<18}{r['accuracy']:>13.1%}{r['seconds']:>11.1f}" for name, r in rows.items()), ""])
+    return "\n".join([f"\n{'':<18}{'test accuracy':>14}{'seconds':>10}",
+                      *(f"{name:<18}{r['accuracy']:>13.1%}{r['seconds']:>11.1f}" for name, r in rows.items()), ""])
 
 def write_samples(dataset, folder: Path):
     "One test image of each class as a PNG file."
@@ -492,7 +537,8 @@ def write_samples(dataset, folder: Path):
         Image.fromarray(x.permute(1, 2, 0).numpy()).save(folder / f"a {name}.png")
 
 # %% ../nbs/80_cli.ipynb #2bf2e64c
-VARIANTS = ("naive", "precision", "sdpa", "exact-prompts", "no-gradient", "pace-on-device", "batch-views", "finessl", "finessl-written", "finessl-fused", "finessl-eager", "finessl-graphs", "finessl-5k", "finessl-1.28m")
+VARIANTS = ("naive", "precision", "sdpa", "exact-prompts", "no-gradient", "pace-on-device", "batch-views",
+            "finessl", "finessl-written", "finessl-fused", "finessl-eager", "finessl-graphs", "finessl-5k", "finessl-1.28m")
 
 BENCH = """Time a training step in several forms, in one run, with random weights and random images; needs no file.
 
@@ -510,21 +556,26 @@ def add_bench(commands, common):
     p = commands.add_parser("bench", parents=[common], help="what a training step costs here", description=BENCH)
     p.set_defaults(run=bench)
     whole = number(int, 1)
-    p.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: FINESSL_DEVICE of the environment, else the first of cuda, mps, cpu that is there)")
+    p.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: FINESSL_DEVICE of the environment, "
+                                    "else the first of cuda, mps, cpu that is there)")
     p.add_argument("--backbone", default="open_clip:ViT-B-16-quickgelu", help="open_clip:ARCHITECTURE or timm:NAME; its weights are random")
     p.add_argument("--image-size", metavar="PX", type=whole, help="side of the square that the encoder sees (default: the encoder's own)")
-    p.add_argument("--batch", metavar="B", type=whole, default=32, help="labelled images per step; as many unlabelled ones with a weak and two strong views each")
+    p.add_argument("--batch", metavar="B", type=whole, default=32,
+                   help="labelled images per step; as many unlabelled ones with a weak and two strong views each")
     p.add_argument("--prompts", metavar="P", type=whole, default=50, help="prompts per layer")
-    p.add_argument("--variants", metavar="NAMES", default="naive,finessl", help="separated by commas; chain: one gain at a time, all: all that run here")
+    p.add_argument("--variants", metavar="NAMES", default="naive,finessl",
+                   help="separated by commas; chain: one gain at a time, all: all that run here")
     p.add_argument("--steps", metavar="R", type=whole, default=5, help="rounds; each variant takes its turn in each")
-    p.add_argument("--precision", choices=("float32", "bf16"), help="of the encoder's arithmetic; naive on a CPU stays at float32 (default: bf16 on a GPU that has it, else float32)")
+    p.add_argument("--precision", choices=("float32", "bf16"),
+                   help="of the encoder's arithmetic; naive on a CPU stays at float32 (default: bf16 on a GPU that has it, else float32)")
     p.add_argument("--json", action="store_true", help="print the result as one JSON object on the last line")
     p.add_argument("--out", metavar="FILE", type=a_path, help="write the result to a file too")
 
 def bench(args):
     "finessl bench"
     if args.out and not args.out.parent.is_dir(): raise UsageError(f"--out {args.out}: folder {args.out.parent} does not exist")
-    if unknown := [v for v in args.variants.split(",") if v not in ("chain", "all", *VARIANTS)]: raise UsageError(f"--variants: no variant is called {unknown[0]!r}; there are {', '.join(VARIANTS)}, chain, all")
+    if unknown := [v for v in args.variants.split(",") if v not in ("chain", "all", *VARIANTS)]:
+        raise UsageError(f"--variants: no variant is called {unknown[0]!r}; there are {', '.join(VARIANTS)}, chain, all")
     check_backbone(args.backbone, args.image_size)
     from finessl import gpu
     from finessl.training import default_device, write_json
@@ -533,7 +584,8 @@ def bench(args):
     names = [v for word in args.variants.split(",") for v in {"chain": gpu.CHAIN, "all": every}.get(word, [word])]
     if refused := next((v for v in names if v not in every), None): raise UsageError(f"--variants {refused} needs --device cuda")
     say = lambda text: print(text, file=sys.stderr, flush=True)
-    result = gpu.bench(args.backbone, args.batch, device, tuple(dict.fromkeys(names)), args.steps, args.precision, args.image_size, args.prompts, say=say) | {"command": args.command_line}
+    result = gpu.bench(args.backbone, args.batch, device, tuple(dict.fromkeys(names)),
+                       args.steps, args.precision, args.image_size, args.prompts, say=say) | {"command": args.command_line}
     print(gpu.bench_table(result))
     if args.out: write_json(args.out, result)
     if args.json: print(json.dumps(result))
@@ -572,7 +624,8 @@ def main(
     debug = "--debug" in argv or os.environ.get("FINESSL_DEBUG", "0") not in ("", "0")
     stopped = lambda said="": "" if rank() else line(how_to_go_on(said, argv, args), "") # the first process says it
     try:
-        if whole and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN: signal.signal(signal.SIGINT, signal.default_int_handler if debug else lambda *_: end_at_once(stopped()))
+        if whole and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+            signal.signal(signal.SIGINT, signal.default_int_handler if debug else lambda *_: end_at_once(stopped()))
         make_parser().parse_args(argv, args)
         args.command_line = shlex.join(["finessl", *(a for a in argv if a != "--resume")])
         args.run(args)
@@ -625,6 +678,7 @@ def how_to_go_on(stopped: str, argv: list[str], args) -> str:
     if command == "train" and there("*checkpoint.pt"):
         started = "the same torchrun command and --resume" if int(os.environ.get("WORLD_SIZE", 1)) > 1 else f"{again} --resume"
         return f"{stopped or 'stopped at once, the last checkpoint is kept'}; go on with: {started}"
-    if command == "demo" and (getattr(args, "resume", False) or hasattr(args, "begun")) and (there("*/record.json") or there("*/*checkpoint.pt")):
+    if (command == "demo" and (getattr(args, "resume", False) or hasattr(args, "begun"))
+            and (there("*/record.json") or there("*/*checkpoint.pt"))):
         return f"{stopped or 'stopped at once, what was finished is kept'}; go on with: {again} --resume"
     return f"stopped{' before the first checkpoint' if command in ('train', 'demo') else ''}; start again with: {again}"

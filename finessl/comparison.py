@@ -21,7 +21,8 @@ from .lab import COLOURS, Lab, last_quarter, linear_probe, paired, raw_probe, ze
 from .training import FixMatch, LabelledOnly, fit, read_records, short
 
 # %% ../nbs/14_comparison.ipynb #a5afb437
-SCHEDULE, BATCH, PROMPTS, EVALS = short, 16, 4, 5 # 16 labelled, 16 unlabelled images a step (the release: 8, 16, 32 on CIFAR-10); 4 prompts for 17 tokens (the paper: 50 for 197)
+# 16 labelled, 16 unlabelled images a step (the release: 8, 16, 32 on CIFAR-10); 4 prompts for 17 tokens (the paper: 50 for 197)
+SCHEDULE, BATCH, PROMPTS, EVALS = short, 16, 4, 5
 
 ROWS = {
     "labelled-only": LabelledOnly(),
@@ -67,10 +68,14 @@ def jobs_of(study: str, records: Path) -> list[dict]:
     if study == "constants": return [job(row, n, s, algorithm=a) for s in range(10) for n in (1, 2, 4) for row, a in ROWS.items()]
     if study == "more": return [job(row, n, s, algorithm=ROWS[row]) for s in range(10, 20) for n in (1, 2, 4) for row in ROWS]
     if study == "open": return [job(row, n, s, algorithm=ROWS[row], known=6) for s in range(10) for n in (1, 2, 4) for row in OPEN_SET]
-    if study == "tune": return [job(f"{m} #{i}", n, s, algorithm=a, lr=lr, dev=True) for s in range(100, 105) for n in (1, 2, 4) for m, ts in TRIALS.items() for i, (a, lr) in enumerate(ts)]
-    if study == "tuned": return [job(m, n, s, algorithm=TRIALS[m][i][0], lr=TRIALS[m][i][1]) for s in range(20) for m, i in chosen(records).items() for n in (1, 2, 4)]
-    if study == "differences": return [job(row, 1, s, **{"algorithm": FineSSL()} | kw) for s in range(10) for row, kw in DIFFERENCES.items()]
-    if study == "map": return [job(f"γ={g} lr={lr}", 1, s, algorithm=FineSSL(gamma=g), lr=lr, dev=True) for s in range(100, 102) for g in GAMMAS for lr in MAP_LRS]
+    if study == "tune": return [job(f"{m} #{i}", n, s, algorithm=a, lr=lr, dev=True)
+                                for s in range(100, 105) for n in (1, 2, 4) for m, ts in TRIALS.items() for i, (a, lr) in enumerate(ts)]
+    if study == "tuned": return [job(m, n, s, algorithm=TRIALS[m][i][0], lr=TRIALS[m][i][1])
+                                 for s in range(20) for m, i in chosen(records).items() for n in (1, 2, 4)]
+    if study == "differences": return [job(row, 1, s, **{"algorithm": FineSSL()} | kw)
+                                       for s in range(10) for row, kw in DIFFERENCES.items()]
+    if study == "map": return [job(f"γ={g} lr={lr}", 1, s, algorithm=FineSSL(gamma=g), lr=lr, dev=True)
+                               for s in range(100, 102) for g in GAMMAS for lr in MAP_LRS]
     raise ValueError(f"study must be one of {STUDIES}, got {study!r}")
 
 STUDIES = ("references", "constants", "more", "open", "tune", "tuned", "differences", "map")
@@ -83,7 +88,8 @@ def run_job(job: dict, encoder) -> dict: # the record of one run
     if job.get("dev"): dataset = holdout(dataset, 400, job["seed"])
     schedule = kw.pop("schedule", SCHEDULE)
     if "lr" in job: schedule = schedule._replace(lr=job["lr"])
-    run = fit(dataset, encoder, job["algorithm"], schedule=schedule, seed=job["seed"], n_prompts=PROMPTS, evals=1 if job.get("dev") else EVALS, progress=False,
+    run = fit(dataset, encoder, job["algorithm"], schedule=schedule, seed=job["seed"], n_prompts=PROMPTS,
+              evals=1 if job.get("dev") else EVALS, progress=False,
               command=f"python -m finessl.comparison {job['study']}", **{"batch": BATCH} | kw)
     return {k: job[k] for k in ("study", "row", "n_per_class", "known")} | {"dev": bool(job.get("dev"))} | run.record
 
@@ -124,7 +130,8 @@ def run_study(
             if any(p.exitcode not in (None, 0) for p in processes): raise RuntimeError(f"a worker of {study} died; its message is above")
             time.sleep(.05)
         with open(path, "a", encoding="utf-8") as f: f.write(json.dumps(results.get(), ensure_ascii=False) + "\n")
-        print(f"{study}: {i + 1} of {len(jobs)} runs, {(time.time() - start) / (i + 1) * (len(jobs) - i - 1) / 60:.1f} min left", file=sys.stderr, flush=True)
+        print(f"{study}: {i + 1} of {len(jobs)} runs, {(time.time() - start) / (i + 1) * (len(jobs) - i - 1) / 60:.1f} min left",
+              file=sys.stderr, flush=True)
     for p in processes: p.join()
 
 # %% ../nbs/14_comparison.ipynb #f5519163
@@ -134,7 +141,8 @@ def run_references(
     "What needs no training in steps: raw pixels, zero-shot, linear probe; on the same splits, seconds in all."
     if path.exists(): return say_recorded(path, len(read_records(path)))
     lab = Lab(n_weak=1, n_strong=1)
-    lines = [{"study": "references", "row": row, "n_per_class": n, "known": known, "dev": False, "command": "python -m finessl.comparison references"}
+    lines = [{"study": "references", "row": row, "n_per_class": n, "known": known, "dev": False,
+              "command": "python -m finessl.comparison references"}
              | lab.settings | f(lab, n, s, known).record | {"seed": s}
              for known in (None, 6) for s in range(20) for n in (1, 2, 4) for row, f in REFERENCES.items()]
     path.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in lines), encoding="utf-8")
@@ -142,18 +150,22 @@ def run_references(
 # %% ../nbs/14_comparison.ipynb #55a45f34
 def chosen(records: Path) -> dict: # method -> number of its trial
     "Each method's trial with the best mean development accuracy over N = 1, 2, 4; ties go to the first."
-    runs = pd.DataFrame([{"row": r["row"], "accuracy": r["evaluations"][-1]["accuracy"]} for r in read_records(Path(records) / "tune.jsonl")])
+    runs = pd.DataFrame([{"row": r["row"], "accuracy": r["evaluations"][-1]["accuracy"]}
+                         for r in read_records(Path(records) / "tune.jsonl")])
     if runs.empty: raise FileNotFoundError(f"no records of the tuning in {records}: run the study \"tune\" first")
     means = runs.groupby("row").accuracy.mean()
     return {m: max(range(len(t)), key=lambda i: means[f"{m} #{i}"]) for m, t in TRIALS.items()}
 
 # %% ../nbs/14_comparison.ipynb #1ba90c3f
-HOURS = {"references": 0., "constants": 1.6, "more": 2.7, "open": .8, "tune": .7, "tuned": 1.2, "differences": .4, "map": .3} # core hours of each study, as recorded
+# core hours of each study, as recorded
+HOURS = {"references": 0., "constants": 1.6, "more": 2.7, "open": .8, "tune": .7, "tuned": 1.2, "differences": .4, "map": .3}
 
 def main(argv=None):
     "Run studies from the command line: `python -m finessl.comparison STUDY … --records FOLDER`."
-    ap = argparse.ArgumentParser(prog="python -m finessl.comparison", description="Run the studies of the comparison notebook and record every run.",
-        epilog="Runs that are recorded already are left as they are. From nothing, one core needs, in hours: " + ", ".join(f"{s} {h:g}" if h else f"{s} under a minute" for s, h in HOURS.items())
+    ap = argparse.ArgumentParser(
+        prog="python -m finessl.comparison", description="Run the studies of the comparison notebook and record every run.",
+        epilog="Runs that are recorded already are left as they are. From nothing, one core needs, in hours: "
+               + ", ".join(f"{s} {h:g}" if h else f"{s} under a minute" for s, h in HOURS.items())
                + f"; {sum(HOURS.values()):.1f} in all, divided by the number of workers.")
     ap.add_argument("studies", nargs="*", help=f"of {', '.join(STUDIES)}; none named: all")
     ap.add_argument("--records", type=Path, default=Path("figures/records"), help="folder of the records (%(default)s)")
@@ -177,9 +189,11 @@ def results(
     per_cent = lambda v: math.nan if v is None else 100 * v
     def one(r):
         last = r["evaluations"][-1]
-        return {"study": r["study"], "row": r["row"], "N": r["n_per_class"], "seed": r["seed"], "known": r["known"], "seconds": r["seconds"], "lr": (r.get("schedule") or {}).get("lr"),
+        return {"study": r["study"], "row": r["row"], "N": r["n_per_class"], "seed": r["seed"], "known": r["known"],
+                "seconds": r["seconds"], "lr": (r.get("schedule") or {}).get("lr"),
                 "accuracy": per_cent(last["accuracy"]), "pool": per_cent(last.get("pool_accuracy")), "kept": per_cent(last.get("util")),
-                "kept_right": per_cent(last.get("kept_accuracy")), "counts": last.get("pool_pl_counts"), "util_last_quarter": last_quarter(r) if last.get("util") is not None else None}
+                "kept_right": per_cent(last.get("kept_accuracy")), "counts": last.get("pool_pl_counts"),
+                "util_last_quarter": last_quarter(r) if last.get("util") is not None else None}
     rows = [one(r) for s in studies for r in read_records(Path(records) / f"{s}.jsonl")]
     if not rows: raise FileNotFoundError(f"no records of {list(studies)} in {records}: run `python -m finessl.comparison`")
     return pd.DataFrame(rows)
@@ -215,7 +229,8 @@ def differences(
     rows = [r for r in (rows or table.columns) if r != baseline and r in table]
     level = 1 - (1 - level) / len(rows) if corrected else level
     cell = lambda t, row: paired(*t[[row, baseline]].dropna().T.to_numpy(), level)
-    return pd.DataFrame({f"N = {n}": {row: (lambda p: f"{p}{'' if p.clear else ' within noise'}")(cell(t, row)) for row in rows} for n, t in table.groupby("N")})
+    return pd.DataFrame({f"N = {n}": {row: (lambda p: f"{p}{'' if p.clear else ' within noise'}")(cell(t, row)) for row in rows}
+                         for n, t in table.groupby("N")})
 
 # %% ../nbs/14_comparison.ipynb #1505651d
 class Markdown(str):
@@ -228,7 +243,8 @@ def markdown_table(
 ) -> Markdown:
     "A DataFrame as a Markdown table."
     line = lambda cells: "| " + " | ".join(map(str, cells)) + " |"
-    return Markdown("\n".join([line([corner, *df.columns]), "|---" * (len(df.columns) + 1) + "|", *(line([i, *row]) for i, row in zip(df.index, df.to_numpy()))]))
+    return Markdown("\n".join([line([corner, *df.columns]), "|---" * (len(df.columns) + 1) + "|",
+                               *(line([i, *row]) for i, row in zip(df.index, df.to_numpy()))]))
 
 # %% ../nbs/14_comparison.ipynb #028338db
 def main_results(
@@ -247,8 +263,10 @@ def headline(
     table = mean_sd(df, order=("raw pixels", "zero-shot", "linear probe", "labelled-only", "FixMatch", "FineSSL"))
     table.loc["**FineSSL − FixMatch**, points"] = differences(df, "FixMatch", ["FineSSL"]).loc["FineSSL"]
     n, device = df.seed.nunique(), read_records(Path(records) / "constants.jsonl")[0]["device"]
-    note = f"Test accuracy in % on scikit-learn's handwritten digits, N labels per class: mean ± standard deviation over {n} splits (seeds 0–{n - 1}), last evaluation; " \
-           f"the last row is paired, with its 95 % interval. Pocket encoder, {PROMPTS} prompts a layer, {SCHEDULE.steps} steps, the paper's constants for both; `python -m finessl.comparison references constants more` on {device}."
+    note = ("Test accuracy in % on scikit-learn's handwritten digits, N labels per class: "
+            f"mean ± standard deviation over {n} splits (seeds 0–{n - 1}), last evaluation; "
+            f"the last row is paired, with its 95 % interval. Pocket encoder, {PROMPTS} prompts a layer, {SCHEDULE.steps} steps, "
+            f"the paper's constants for both; `python -m finessl.comparison references constants more` on {device}.")
     return Markdown(f"{markdown_table(table, 'method')}\n\n{note}")
 
 # %% ../nbs/14_comparison.ipynb #e5948ef0
@@ -260,7 +278,8 @@ def spread(
     groups = []
     for v in values:
         groups.append([v])
-        while len(groups) > 1 and np.mean(groups[-1]) - np.mean(groups[-2]) < gap * sum(map(len, groups[-2:])) / 2: groups[-2:] = [groups[-2] + groups[-1]]
+        while len(groups) > 1 and np.mean(groups[-1]) - np.mean(groups[-2]) < gap * sum(map(len, groups[-2:])) / 2:
+            groups[-2:] = [groups[-2] + groups[-1]]
     return [np.mean(g) + gap * (i - (len(g) - 1) / 2) for g in groups for i in range(len(g))]
 
 def plot_digits(

@@ -109,7 +109,8 @@ def split_labels(
         mine = (y == c).nonzero()[:, 0]
         if len(mine) < n_per_class:
             name = f"{c} ({classes[c]!r})" if classes else c
-            raise DataError(f"class {name} has {len(mine)} image{'' if len(mine) == 1 else 's'}, fewer than the {n_per_class} labelled ones asked for{_of_them_lost(lost[c] if lost else 0)}")
+            raise DataError(f"class {name} has {len(mine)} image{'' if len(mine) == 1 else 's'}, fewer than "
+                            f"the {n_per_class} labelled ones asked for{_of_them_lost(lost[c] if lost else 0)}")
         parts.append(mine[torch.from_numpy(_random_state(seed, c, 2).permutation(len(mine))[:n_per_class]).long()])
     return torch.cat(parts)
 
@@ -267,7 +268,8 @@ def next_readable(
     if not x.left_out: return i
     for j in (k % len(x) for k in range(i, i + len(x))):
         if (y is None or y[j] == y[i]) and x.left_out.name(x.files[j]) not in x.left_out: return j
-    raise UnreadableError(x.files[i], f"cannot read image {x.files[i]}, and none is left to take its place{'' if y is None else ' in its class'}")
+    raise UnreadableError(x.files[i],
+                          f"cannot read image {x.files[i]}, and none is left to take its place{'' if y is None else ' in its class'}")
 
 # %% ../nbs/01_data.ipynb #0bb07444
 def fetched(
@@ -348,7 +350,8 @@ def files_left_out(
     unreadable # "raise"; "skip": decode each once; or the names of those to leave out
 ) -> LeftOut | None: # None where every file has to be readable
     "The files to do without."
-    if isinstance(unreadable, str) and unreadable not in ("raise", "skip"): raise DataError(f"unreadable must be 'raise', 'skip' or a list of names, got {unreadable!r}")
+    if isinstance(unreadable, str) and unreadable not in ("raise", "skip"):
+        raise DataError(f"unreadable must be 'raise', 'skip' or a list of names, got {unreadable!r}")
     if unreadable == "raise": return None
     if unreadable != "skip": return LeftOut(root, unreadable)
     def good(file):
@@ -373,7 +376,8 @@ def image_folder(
     left_out = files_left_out(root, [file for part in found for file, _ in part], unreadable)
     parts = [[(file, y) for file, y in part if not left_out or left_out.name(file) not in left_out] for part in found]
     (train, y_train), (extra, y_extra), (test, y_test) = map(_files_and_labels, parts)
-    lost = torch.tensor([y for file, y in found[0] if left_out and left_out.name(file) in left_out], dtype=torch.int64).bincount(minlength=len(classes)).tolist()
+    lost = torch.tensor([y for file, y in found[0] if left_out and left_out.name(file) in left_out],
+                        dtype=torch.int64).bincount(minlength=len(classes)).tolist()
     idx_lb = split_labels(y_train, n_per_class or 1, seed, classes, lost) # without n_per_class: no class is empty
     if n_per_class is None: idx_lb = torch.arange(len(train))
     common = _common_size(train + extra + test, left_out) # reads every head, so most bad files show here
@@ -458,7 +462,8 @@ def _permutation(seed: int, stream: int, epoch: int, n: int) -> Tensor:
 
 _large_permutation = functools.lru_cache(maxsize=4)(_permutation)
 _small_permutation = functools.lru_cache(maxsize=1024)(_permutation) # runs on one split draw the same ones
-_tiny_permutation = functools.lru_cache(maxsize=16_384)(_permutation) # a few labelled images: many a run, and those of ten splits stay at hand
+# a few labelled images: many a run, and those of ten splits stay at hand
+_tiny_permutation = functools.lru_cache(maxsize=16_384)(_permutation)
 
 def batch_indices(
     seed: int, # the run's seed

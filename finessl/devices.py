@@ -16,8 +16,9 @@ from PIL import Image
 from .data import Dataset, read_image
 from .views import IMAGENET_MEAN, IMAGENET_STD, default_views, natural_views
 from .backbone import load_backbone
-from .training import (FULL, Guard, Lost, Meter, Run, Stopped, TrainingError, World, build_model, default_device, environment, fit,
-                              lr_at, on_device, optimizer_of, paper, place_of, refuse_bad, step_images, train_step, trained_state, write_json)
+from .training import (FULL, Guard, Lost, Meter, Run, Stopped, TrainingError, World,
+                              build_model, default_device, environment, fit, lr_at, on_device, optimizer_of, paper, place_of,
+                              refuse_bad, step_images, train_step, trained_state, write_json)
 from .algorithms import FineSSL
 
 # %% ../nbs/15_devices.ipynb #835f266a
@@ -40,7 +41,8 @@ def work(folder: str):
     threading.Thread(target=outlive_nobody, args=(folder, alone), daemon=True).start()
     try:
         try: f, args, kwargs = torch.load(folder / "call", map_location="cpu", mmap=True, weights_only=False)
-        except AttributeError as e: raise ValueError(f"{e}: what several processes use must stand in a module that they can import") from None
+        except AttributeError as e:
+            raise ValueError(f"{e}: what several processes use must stand in a module that they can import") from None
         signal.signal(signal.SIGINT, signal.default_int_handler) # before, it ends the process at once: see `started`
         result = f(*args, **kwargs)
         if rank == 0: leave(result, folder / "result")
@@ -165,7 +167,9 @@ def launch(
 def exchange_folder():
     "A folder in the temporary one, in which the processes leave each other their values."
     try: parent = tempfile.gettempdir()
-    except FileNotFoundError as e: raise TrainingError(f"no temporary folder can be written to ({e.strerror}); set {'TEMP' if os.name == 'nt' else 'TMPDIR'} to a folder with room") from None
+    except FileNotFoundError as e:
+        raise TrainingError(f"no temporary folder can be written to ({e.strerror}); "
+                            f"set {'TEMP' if os.name == 'nt' else 'TMPDIR'} to a folder with room") from None
     try: folder = tempfile.TemporaryDirectory(prefix="finessl-", dir=parent)
     except OSError as e: raise (no_room(Path(parent, "finessl")) if e.errno in FULL else e) from None
     with folder as name: yield Path(name)
@@ -179,7 +183,11 @@ def reason(folder: Path, codes: list[int]) -> BaseException|None: # codes: exit 
     silent = [r for r, code in enumerate(codes) if code and not files[r].exists()]
     if any(codes[r] == 130 for r in silent): return KeyboardInterrupt()
     if any(codes[r] == NO_ROOM for r in silent): return no_room(folder)
-    if silent: return TrainingError(f"process {silent[0]} of {len(codes)} was killed ({'out of memory?' if codes[silent[0]] == -9 else f'exit code {codes[silent[0]]}'}), and the others ended with it; a checkpoint, where one was written, is kept: go on with --resume (in Python resume=True)")
+    if silent:
+        return TrainingError(
+            f"process {silent[0]} of {len(codes)} was killed "
+            f"({'out of memory?' if codes[silent[0]] == -9 else f'exit code {codes[silent[0]]}'}), and the others ended with it; "
+            "a checkpoint, where one was written, is kept: go on with --resume (in Python resume=True)")
     return said[0] if said else None
 
 # %% ../nbs/15_devices.ipynb #7ddb18cf
@@ -229,7 +237,8 @@ def timed_steps(
     y = torch.arange(len(x)) % n_classes
     ds = Dataset(x, y, x, y, x[:0], y[:0], tuple(map(str, range(n_classes))))
     model, views = build_model(encoder, n_classes, n_prompts=n_prompts), natural_views(encoder.image_size, IMAGENET_MEAN, IMAGENET_STD)
-    optimizer, state, guard, meter, fetch = optimizer_of(model, paper, .9, 5e-4), algorithm.init(len(x), n_classes), Guard("cpu"), Meter(y, "cpu"), on_device(x, "cpu")
+    optimizer, state, guard, meter, fetch = (optimizer_of(model, paper, .9, 5e-4), algorithm.init(len(x), n_classes),
+                                             Guard("cpu"), Meter(y, "cpu"), on_device(x, "cpu"))
     out = {"step_ms": [], "exchange_ms": []}
     for t in range(steps + 1):
         world.settle()
@@ -248,8 +257,10 @@ def decode_ms(
 ) -> dict: # milliseconds an image, one thread; bytes of the file
     "CPU time of reading a JPEG file as training does: decode, resize, into a tensor."
     rng = np.random.RandomState(0)
-    coarse = Image.fromarray(rng.randint(0, 256, (height // 12, width // 12, 3)).astype("uint8")).resize((width, height), Image.Resampling.BICUBIC)
-    picture = Image.fromarray((np.asarray(coarse) + rng.normal(0, 9, (height, width, 3))).clip(0, 255).astype("uint8")) # shapes, and grain as a camera's
+    coarse = (Image.fromarray(rng.randint(0, 256, (height // 12, width // 12, 3)).astype("uint8"))
+              .resize((width, height), Image.Resampling.BICUBIC))
+    # shapes, and grain as a camera's
+    picture = Image.fromarray((np.asarray(coarse) + rng.normal(0, 9, (height, width, 3))).clip(0, 255).astype("uint8"))
     with tempfile.TemporaryDirectory() as folder:
         picture.save(file := Path(folder, "a.jpg"), quality=90)
         times = []
@@ -273,26 +284,31 @@ def scaling(
         for kind, whole in {"strong": batch, "weak": batch * n}.items():
             if n == 1 and kind == "weak": continue             # the same
             say(f"{kind} scaling, {whole} labelled images a step, processes: {n}")
-            runs.append({"processes": n, "kind": kind, "batch": whole} | launch(n, timed_steps, encoder, whole, steps, n_prompts, threads=1))
+            runs.append({"processes": n, "kind": kind, "batch": whole}
+                        | launch(n, timed_steps, encoder, whole, steps, n_prompts, threads=1))
     model = build_model(encoder, 100, n_prompts=n_prompts)
     facts = environment("cpu")
-    return {"encoder": encoder.name, "image_size": encoder.image_size, "n_prompts": n_prompts, "n_classes": 100, "runs": runs, "decode": decode_ms(),
-            "bytes": bytes_per_step(sum(v.numel() for v in trained_state(model).values()), 100, batch), "threads_per_process": 1, "cores": os.cpu_count(), "load_at_start": load} | \
-           {k: facts[k] for k in ("device", "versions", "commit", "dirty")}
+    return ({"encoder": encoder.name, "image_size": encoder.image_size, "n_prompts": n_prompts, "n_classes": 100, "runs": runs,
+             "decode": decode_ms(), "bytes": bytes_per_step(sum(v.numel() for v in trained_state(model).values()), 100, batch),
+             "threads_per_process": 1, "cores": os.cpu_count(), "load_at_start": load}
+            | {k: facts[k] for k in ("device", "versions", "commit", "dirty")})
 
 # %% ../nbs/15_devices.ipynb #f5dc2113
 def main(argv: list[str]|None = None) -> int: # exit code
     "`python -m finessl.devices --out figures/records/scaling_cpu.json`"
-    p = argparse.ArgumentParser(prog="python -m finessl.devices", description="Time a training step by several processes of one thread each on a CPU, and the decoding of an image.")
+    p = argparse.ArgumentParser(prog="python -m finessl.devices",
+        description="Time a training step by several processes of one thread each on a CPU, and the decoding of an image.")
     p.add_argument("--out", type=Path, required=True, help="JSON file to write (no default)")
     p.add_argument("--backbone", default="timm:vit_tiny_patch16_224", help="its weights are random (default: %(default)s)")
     p.add_argument("--image-size", type=int, help="px (default: the encoder's own)")
     p.add_argument("--batch", type=int, default=8, help="labelled images of one process (default: %(default)s)")
-    p.add_argument("--processes", type=lambda text: tuple(map(int, text.split(","))), default=(1, 2, 4), help="separated by commas (default: 1,2,4)")
+    p.add_argument("--processes", type=lambda text: tuple(map(int, text.split(","))), default=(1, 2, 4),
+                   help="separated by commas (default: 1,2,4)")
     p.add_argument("--steps", type=int, default=5, help="timed steps each (default: %(default)s)")
     p.add_argument("--prompts", type=int, default=50, help="prompts per layer (default: %(default)s)")
     a = p.parse_args(argv)
-    record = scaling(a.backbone, a.image_size, a.batch, a.processes, a.steps, a.prompts, say=lambda text: print(text, file=sys.stderr, flush=True))
+    record = scaling(a.backbone, a.image_size, a.batch, a.processes, a.steps, a.prompts,
+                     say=lambda text: print(text, file=sys.stderr, flush=True))
     write_json(a.out, record | {"command": " ".join(["python -m finessl.devices", *(sys.argv[1:] if argv is None else argv)])})
     return 0
 
@@ -310,7 +326,8 @@ def scaling_table(record: dict) -> dict: # rows
     for r in record["runs"]:
         ms = statistics.median(r["step_ms"])
         ideal = one / r["processes"] if r["kind"] == "strong" else one
-        rows.append({"scaling": r["kind"], "processes": r["processes"], "labelled images": r["batch"], "step, ms": round(ms, 1), "fastest": min(r["step_ms"]), "slowest": max(r["step_ms"]),
+        rows.append({"scaling": r["kind"], "processes": r["processes"], "labelled images": r["batch"],
+                     "step, ms": round(ms, 1), "fastest": min(r["step_ms"]), "slowest": max(r["step_ms"]),
                      "exchanges, ms": round(statistics.median(r["exchange_ms"]), 1), "efficiency, %": round(100 * ideal / ms, 1)})
     return rows
 
@@ -332,7 +349,10 @@ def reckon(
     many = gpus > per_machine
     link, wait = (outside, latency_outside_us) if many else (inside, latency_us)
     moved = (gpus - 1) / gpus * (exchange["logits"] + 2 * exchange["gradients"])  # ring: each byte once to gather, twice to sum
-    parts = {"launching": least_ms, "computing": (step_ms - least_ms) * batch / gpus / 32, "bytes": moved / (link * 1e6), "latency": 0. if gpus == 1 else 2 * wait / 1e3}
+    parts = {"launching": least_ms, "computing": (step_ms - least_ms) * batch / gpus / 32,
+             "bytes": moved / (link * 1e6), "latency": 0. if gpus == 1 else 2 * wait / 1e3}
     decoding, alone = 2 * batch / gpus * decode_ms / cores, sum(parts.values())
     bound, step = "decoding" if decoding > alone else max(parts, key=parts.get), max(alone, decoding)
-    return {"gpus": gpus, "labelled images": batch, **{f"{k}, ms": round(v, 3) for k, v in (parts | {"decoding": decoding}).items()}, "step, ms": round(step, 2), "images/s": round(2 * batch / step * 1e3), "bound by": bound} # an image counts once, whatever its views
+    return {"gpus": gpus, "labelled images": batch,
+            **{f"{k}, ms": round(v, 3) for k, v in (parts | {"decoding": decoding}).items()}, "step, ms": round(step, 2),
+            "images/s": round(2 * batch / step * 1e3), "bound by": bound} # an image counts once, whatever its views

@@ -29,10 +29,12 @@ class Archive(NamedTuple):
 
 _toronto = "https://www.cs.toronto.edu/~kriz/"
 ARCHIVES = {
-    "cifar10": Archive("CIFAR10", _toronto + "cifar-10-python.tar.gz", "c58f30108f718f92721af3b95e74349a", 170_498_071, "cifar-10-batches-py",
-                       (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch", "batches.meta")),
-    "cifar100": Archive("CIFAR100", _toronto + "cifar-100-python.tar.gz", "eb9058c3a382ffc7106e4002c42a8d85", 169_001_437, "cifar-100-python", ("train", "test", "meta")),
-    "food101": Archive("Food101", "http://data.vision.ee.ethz.ch/cvl/food-101.tar.gz", "85eeb15f3717b99a5da872d97d918f87", 4_996_278_331, "food-101", ("meta", "images"))}
+    "cifar10": Archive("CIFAR10", _toronto + "cifar-10-python.tar.gz", "c58f30108f718f92721af3b95e74349a", 170_498_071,
+                       "cifar-10-batches-py", (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch", "batches.meta")),
+    "cifar100": Archive("CIFAR100", _toronto + "cifar-100-python.tar.gz", "eb9058c3a382ffc7106e4002c42a8d85", 169_001_437,
+                        "cifar-100-python", ("train", "test", "meta")),
+    "food101": Archive("Food101", "http://data.vision.ee.ethz.ch/cvl/food-101.tar.gz", "85eeb15f3717b99a5da872d97d918f87", 4_996_278_331,
+                       "food-101", ("meta", "images"))}
 
 # %% ../nbs/00_files.ipynb #39b875e0
 class Weights(NamedTuple):
@@ -42,13 +44,15 @@ class Weights(NamedTuple):
     patch: int # px; an image's side must be a multiple
     files: tuple[str, ...] # their names there, the best first
 
-USUAL = {"timm": ("model.safetensors", "pytorch_model.bin"), "open_clip": ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")} # names of most files
+USUAL = {"timm": ("model.safetensors", "pytorch_model.bin"),
+         "open_clip": ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")} # names of most files
 
 def read_table(
     text: str # JSON: name of an encoder -> [repository, MB, patch, and its files where they are not the usual ones]
 ) -> dict[str, Weights]:
     "The encoders of a table."
-    return {name: Weights(repo, mb, patch, tuple(files) or USUAL[name.partition(":")[0]]) for name, (repo, mb, patch, *files) in json.loads(text).items()}
+    return {name: Weights(repo, mb, patch, tuple(files) or USUAL[name.partition(":")[0]])
+            for name, (repo, mb, patch, *files) in json.loads(text).items()}
 
 WEIGHTS = read_table((resources.files("finessl") / "weights" / "hub.json").read_text(encoding="utf-8"))
 PATCH = {"pocket": 8} | {name: w.patch for name, w in WEIGHTS.items()} # px
@@ -69,7 +73,8 @@ def answers(
     said = [f"no answer within {seconds:g} s"]
     def ask():
         try:
-            with urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=seconds) as answer: said[0] = "" if answer.status == 200 else f"answer {answer.status}"
+            with urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=seconds) as answer:
+                said[0] = "" if answer.status == 200 else f"answer {answer.status}"
         except urllib.error.HTTPError as error: said[0] = f"answer {error.code}"
         except (OSError, ValueError, HTTPException) as error: said[0] = str(getattr(error, "reason", error)) or type(error).__name__
     thread = threading.Thread(target=ask, daemon=True)
@@ -137,8 +142,10 @@ def missing_weights(
     from huggingface_hub import constants, try_to_load_from_cache
     w = weights or WEIGHTS[name]
     if any(isinstance(try_to_load_from_cache(w.repo, file, cache_dir=cache), str) for file in w.files): return None
-    return Lacking(f"the pretrained weights of {name} are not here", w.files[0], f"about {w.mb:,}", tuple(f"{constants.ENDPOINT}/{w.repo}/resolve/main/{file}" for file in w.files),
-                   "name the file with --checkpoint FILE (in Python checkpoint=FILE)", "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "")
+    return Lacking(f"the pretrained weights of {name} are not here", w.files[0], f"about {w.mb:,}",
+                   tuple(f"{constants.ENDPOINT}/{w.repo}/resolve/main/{file}" for file in w.files),
+                   "name the file with --checkpoint FILE (in Python checkpoint=FILE)",
+                   "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "")
 
 # %% ../nbs/00_files.ipynb #835d46cd
 def require(

@@ -25,8 +25,8 @@ from .data import DataError, Dataset, ImageFiles, Split, files_left_out, image_f
 from .views import NORMALISATION, OPERATIONS, natural_views
 from .backbone import attention, load_backbone, written_attention
 from .peft import PlainVPT
-from .training import (Guard, Meter, Schedule, Step, ahead, autocast, build_model, compiled, default_device, default_precision, depth_for, environment,
-                              forward, lr_at, on_device, optimizer_of, paper, step_images, train_step)
+from .training import (Guard, Meter, Schedule, Step, ahead, autocast, build_model, compiled, default_device, default_precision,
+                              depth_for, environment, forward, lr_at, on_device, optimizer_of, paper, step_images, train_step)
 from .algorithms import FineSSL
 from .files import ARCHIVES, answers, lacking_data, refuse_size, require
 from .presets import presets, refuse_unknown
@@ -50,7 +50,8 @@ def torchvision_parts(
     if not whole and (why := lacking.refused(ask)): raise DataError(lacking.sentence(why))
     folder.mkdir(parents=True, exist_ok=True)
     try: return [kind(folder, download=True, **part) for part in parts]
-    except (URLError, ConnectionError, TimeoutError, RuntimeError) as error: raise DataError(lacking.sentence(f"it broke off: {error}")) from error
+    except (URLError, ConnectionError, TimeoutError, RuntimeError) as error:
+        raise DataError(lacking.sentence(f"it broke off: {error}")) from error
 
 # %% ../nbs/13_gpu.ipynb #a1d19437
 def torchvision_dataset(
@@ -105,13 +106,16 @@ def image_lists(
     "A Dataset from list files; the pool is unlabelled.txt, and those labelled images that it does not hold already."
     folder = Path(folder)
     lb = read_list(folder / "labelled.txt")
-    ulb, test = ([(p, l) for p, l in read_list(folder / f"{part}.txt", part == "test")] if (folder / f"{part}.txt").exists() else [] for part in ("unlabelled", "test"))
+    ulb, test = ([(p, l) for p, l in read_list(folder / f"{part}.txt", part == "test")] if (folder / f"{part}.txt").exists() else []
+                 for part in ("unlabelled", "test"))
     names = {label for _, label in lb}
     classes = tuple(sorted(names, key=int) if all(n.isdigit() for n in names) else sorted(names))
     place = {name: k for k, name in enumerate(classes)}
-    if strange := next((l for _, l in test if l not in place), None): raise DataError(f"class {strange!r} is in {folder / 'test.txt'} but not in {folder / 'labelled.txt'}")
+    if strange := next((l for _, l in test if l not in place), None):
+        raise DataError(f"class {strange!r} is in {folder / 'test.txt'} but not in {folder / 'labelled.txt'}")
     left_out = files_left_out(folder, [folder / path for path in dict.fromkeys(p for part in (lb, ulb, test) for p, _ in part)], unreadable)
-    lost = torch.tensor([place[l] for p, l in lb if left_out and left_out.name(folder / p) in left_out], dtype=torch.int64).bincount(minlength=len(classes)).tolist()
+    lost = torch.tensor([place[l] for p, l in lb if left_out and left_out.name(folder / p) in left_out],
+                        dtype=torch.int64).bincount(minlength=len(classes)).tolist()
     lb, ulb, test = ([(p, l) for p, l in part if not left_out or left_out.name(folder / p) not in left_out] for part in (lb, ulb, test))
     y_lb = torch.tensor([place[l] for _, l in lb], dtype=torch.int64)
     chosen = split_labels(y_lb, n_per_class or 1, seed, classes, lost) # without n_per_class: no class is empty
@@ -123,7 +127,9 @@ def image_lists(
     label = lambda pairs: torch.tensor([-1 if l is None else place.get(l, len(classes)) for _, l in pairs], dtype=torch.int64)
     idx = torch.tensor([there[lb[i][0]] for i in chosen.tolist()])
     code = hashlib.sha256(repr((classes, [lb[i] for i in chosen.tolist()], len(pool), len(test))).encode()).hexdigest()[:16]
-    return Dataset(files(lb).select(chosen), y_lb[chosen], files(pool), label(pool), files(test), label(test), classes, Split(f"lists:{folder.resolve().name}", seed, n_per_class, idx, code, len(left_out or ()), tuple(sorted(left_out or ()))))
+    return Dataset(files(lb).select(chosen), y_lb[chosen], files(pool), label(pool), files(test), label(test), classes,
+                   Split(f"lists:{folder.resolve().name}", seed, n_per_class, idx, code,
+                         len(left_out or ()), tuple(sorted(left_out or ()))))
 
 # %% ../nbs/13_gpu.ipynb #66a19629
 def from_preset(
@@ -214,9 +220,10 @@ def pillow_operation(im, name: str, level: int, sign: int): # im: a Pillow image
     mix = .05 + .09 * level
     def affine(move=(0, 0), lean=(0, 0), **kw): return tv.affine(im, angle=0, translate=list(move), scale=1, shear=list(lean), **kw)
     lean, move = math.degrees(math.atan(.3 * level / 10 * sign)), -sign * int(.3 * level / 10 * im.size[0])
-    return dict(AutoContrast=lambda: tv.autocontrast(im), Brightness=lambda: tv.adjust_brightness(im, mix), Color=lambda: tv.adjust_saturation(im, mix),
-        Contrast=lambda: tv.adjust_contrast(im, mix), Equalize=lambda: tv.equalize(im), Identity=lambda: im, Posterize=lambda: tv.posterize(im, 4 + int(.4 * level)),
-        Rotate=lambda: tv.rotate(im, 3 * level * sign), Sharpness=lambda: tv.adjust_sharpness(im, mix), ShearX=lambda: affine(lean=(lean, 0), center=[0, 0]),
+    return dict(AutoContrast=lambda: tv.autocontrast(im), Brightness=lambda: tv.adjust_brightness(im, mix),
+        Color=lambda: tv.adjust_saturation(im, mix), Contrast=lambda: tv.adjust_contrast(im, mix), Equalize=lambda: tv.equalize(im),
+        Identity=lambda: im, Posterize=lambda: tv.posterize(im, 4 + int(.4 * level)), Rotate=lambda: tv.rotate(im, 3 * level * sign),
+        Sharpness=lambda: tv.adjust_sharpness(im, mix), ShearX=lambda: affine(lean=(lean, 0), center=[0, 0]),
         ShearY=lambda: affine(lean=(0, lean), center=[0, 0]), Solarize=lambda: tv.solarize(im, 256 - int(25.6 * level)),
         TranslateX=lambda: affine(move=(move, 0)), TranslateY=lambda: affine(move=(0, move)))[name]()
 
@@ -308,20 +315,23 @@ class Trainer:
         self.algorithm = (HostFineSSL if v.pace == "host" else FineSSL)()
         n_ulb, x = v.pool or b.pool, noise(b)
         y = torch.arange(len(x)) % b.n_classes
-        self.dataset = Dataset(x, y, x[:1].expand(n_ulb, -1, -1, -1), torch.full((n_ulb,), -1), x[:0], y[:0], tuple(map(str, range(b.n_classes))))
+        self.dataset = Dataset(x, y, x[:1].expand(n_ulb, -1, -1, -1), torch.full((n_ulb,), -1), x[:0], y[:0],
+                               tuple(map(str, range(b.n_classes))))
         encoder = attending(b.encoder, v.attention)
         self.model = build_model(encoder, b.n_classes, "vpt", b.n_prompts)
         if v.prompts == "kept":
             features = KeptVPT(encoder, b.n_prompts)
             features.prompts, self.model.features = self.model.features.prompts, features
         self.model.to(b.device)
-        self.state, self.guard, self.meter = self.algorithm.init(n_ulb, b.n_classes, b.device), Guard(b.device), Meter(self.dataset.y_ulb, b.device)
+        self.state, self.guard, self.meter = (self.algorithm.init(n_ulb, b.n_classes, b.device), Guard(b.device),
+                                              Meter(self.dataset.y_ulb, b.device))
         how = b.device.type == "cuda" if v.compile is None else v.compile
         self.graphs = how in ("reduce-overhead", "max-autotune")
         self.features = compiled(self.model.features, how) if how else self.model.features
         self.logits = partial(one_batch if v.weak == "gradient" else forward, features=self.features)
         trained = [p for p in self.model.parameters() if p.requires_grad]
-        self.optimizer = optimizer_of(self.model, b.schedule, .9, 5e-4) if v.update == "fused" else torch.optim.SGD(trained, b.schedule.lr, .9, weight_decay=5e-4)
+        self.optimizer = (optimizer_of(self.model, b.schedule, .9, 5e-4) if v.update == "fused"
+                          else torch.optim.SGD(trained, b.schedule.lr, .9, weight_decay=5e-4))
         pillow, views = v.views == "pillow", b.views
         self.views = views._replace(weak=PillowView(views.weak, b.device), strong=PillowView(views.strong, b.device)) if pillow else views
         stored = on_device(x, "cpu" if pillow else b.device)
@@ -334,7 +344,9 @@ class Trainer:
     def step(self, images: dict, t: int) -> Tensor: # the loss
         "Step `t`."
         b, lr = self.b, lr_at(self.b.schedule, t)
-        if self.v.update == "fused": return train_step(self.model, images, self.algorithm, self.state, self.optimizer, self.guard, self.meter, t, lr, b.device, b.precision, self.logits, accumulate=self.accumulate)
+        if self.v.update == "fused":
+            return train_step(self.model, images, self.algorithm, self.state, self.optimizer, self.guard, self.meter, t, lr,
+                              b.device, b.precision, self.logits, accumulate=self.accumulate)
         with autocast(b.device, b.precision): step = self.logits(self.model, images, self.algorithm, b.device)
         loss, _ = self.algorithm(step, self.state)
         self.optimizer.zero_grad()
@@ -360,7 +372,8 @@ def on_meta(b: Bench): # -> the same benchmark on the meta device
     with torch.device("meta"): encoder = load_backbone(b.encoder.name, False, b.encoder.image_size)
     yield b._replace(encoder=encoder, device=torch.device("meta"), precision="float32")
 
-def steps_there(v: Variant, b: Bench, device, steps: int = 3, accumulate: int = 1): # accumulate: pieces that a step's images are computed in
+def steps_there(v: Variant, b: Bench, device,
+                steps: int = 3, accumulate: int = 1): # accumulate: pieces that a step's images are computed in
     "Steps of a variant, ready to be taken on another device; a function that takes them and returns their losses."
     trainer = Trainer(v, b._replace(encoder=copy.deepcopy(b.encoder), device=torch.device(device)))
     trainer.accumulate = accumulate
@@ -416,7 +429,7 @@ def resident(what: str) -> int|None: # bytes; None where the system does not tel
     except (OSError, StopIteration): return None
 
 def peak_memory(f, model, device) -> float|None: # MB
-    "Peak memory while `f` runs. CUDA: what is allocated, CUDA graphs' own memory not seen. Linux CPU: trained and frozen weights, and the growth of the resident set."
+    "Peak memory while `f` runs. CUDA: what is allocated, but for CUDA graphs' own; Linux CPU: all weights, and the resident set's growth."
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         f()
@@ -465,7 +478,8 @@ def bench(
 ) -> dict: # what `finessl bench --json` prints
     "Time, memory and utilisation of a training step in several forms, in one run, with random weights."
     if steps < 1 or batch < 1: raise ValueError(f"steps and batch must be >= 1, got {steps} and {batch}")
-    if unknown := [v for v in variants if v not in VARIANTS]: raise ValueError(f"no variant is called {unknown[0]!r}; there are {', '.join(VARIANTS)}")
+    if unknown := [v for v in variants if v not in VARIANTS]:
+        raise ValueError(f"no variant is called {unknown[0]!r}; there are {', '.join(VARIANTS)}")
     device = torch.device(device or default_device())
     precision = precision or default_precision(device)
     n = {v: 1 if device.type != "cuda" else 2 if VARIANTS[v].views == "pillow" else 20 for v in variants}
@@ -473,7 +487,8 @@ def bench(
         torch.manual_seed(0)
         encoder = load_backbone(backbone, False, image_size)
     b = Bench(encoder, device, batch, precision, n_prompts, pool)
-    flops, trainers = {v: step_flops(VARIANTS[v], b) for v in dict.fromkeys((*variants, "finessl"))}, {v: Trainer(VARIANTS[v], b) for v in variants}
+    flops, trainers = ({v: step_flops(VARIANTS[v], b) for v in dict.fromkeys((*variants, "finessl"))},
+                       {v: Trainer(VARIANTS[v], b) for v in variants})
     found = {}
     with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True): # a figure for compiled code is of compiled code
         for name, t in trainers.items():
@@ -508,39 +523,49 @@ def by_clock(rows: list, part: Tensor, flops: int, products: list, clock: int) -
     step, full, made = (statistics.median(float(s[clock]) for s in column) for column in zip(*rows))
     views, features = max(0., full - step), min(1., float(part[clock])) * step
     return {"mfu": round(flops / step / rate(products, clock), 4), "views_times_step": round(step / made, 2),
-            "share": {"views": round(views / (step + views), 3), "encoder": round(features / (step + views), 3), "rest": round((step - features) / (step + views), 3)}}
+            "share": {"views": round(views / (step + views), 3), "encoder": round(features / (step + views), 3),
+                      "rest": round((step - features) / (step + views), 3)}}
 
 def report(b: Bench, found: dict, times: dict, parts: dict, flops: dict, products: list) -> dict:
     "Medians, utilisation and shares by the clock on the wall, on a CPU in CPU time beside it, as JSON."
     encoder, facts, on_cpu = b.encoder, environment(b.device), b.device.type == "cpu"
     for name, rows in times.items():
-        (step, full, made), (cpu_step, cpu_full, _) = ([statistics.median(float(s[c]) for s in column) for column in zip(*rows)] for c in (0, 1))
+        (step, full, made), (cpu_step, cpu_full, _) = ([statistics.median(float(s[c]) for s in column) for column in zip(*rows)]
+                                                       for c in (0, 1))
         wall, cpu = (by_clock(rows, parts[name], flops["finessl"], products, c) for c in (0, 1))
         found[name] = {"step_ms": round(1e3 * step, 2), "step_with_views_ms": round(1e3 * full, 2)} | wall | found[name] | {
-            "images_per_s": round(4 * b.batch / full, 1), "views_images_per_s": round(4 * b.batch / made, 1), "tflop_per_step": round(flops[name] / 1e12, 4), "preset_seconds": round(paper.steps * full, 1),
+            "images_per_s": round(4 * b.batch / full, 1), "views_images_per_s": round(4 * b.batch / made, 1),
+            "tflop_per_step": round(flops[name] / 1e12, 4), "preset_seconds": round(paper.steps * full, 1),
             "cpu_ms": {"step": round(1e3 * cpu_step, 2), "step_with_views": round(1e3 * cpu_full, 2)}, "cpu_time": cpu if on_cpu else None,
             "spread_ms": [round(1e3 * v, 2) for v in (min(float(r[0][0]) for r in rows), max(float(r[0][0]) for r in rows))]}
-    return {"device": facts["device"], "encoder": encoder.name, "batch": b.batch, "variants": found, "views_per_step": [b.batch, b.batch, 2 * b.batch],
-            "image_size": encoder.image_size, "n_prompts": b.n_prompts, "pool": b.pool, "precision": b.precision, "rounds": len(next(iter(times.values()))),
-            "clock": "wall", "product_tflops": round(rate(products, 0) / 1e12, 3), "cpu_time_product_tflops": round(rate(products, 1) / 1e12, 3) if on_cpu else None,
+    return {"device": facts["device"], "encoder": encoder.name, "batch": b.batch, "variants": found,
+            "views_per_step": [b.batch, b.batch, 2 * b.batch], "image_size": encoder.image_size, "n_prompts": b.n_prompts,
+            "pool": b.pool, "precision": b.precision, "rounds": len(next(iter(times.values()))),
+            "clock": "wall", "product_tflops": round(rate(products, 0) / 1e12, 3),
+            "cpu_time_product_tflops": round(rate(products, 1) / 1e12, 3) if on_cpu else None,
             "threads": facts["threads"], "versions": facts["versions"], "commit": facts["commit"], "dirty": facts["dirty"]}
 
 # %% ../nbs/13_gpu.ipynb #8afdec0a
 def bench_table(result: dict) -> str:
     "What `finessl bench` prints."
-    head = f"{result['device']}, {result['encoder']} at {result['image_size']} px, {'+'.join(map(str, result['views_per_step']))} views a step, {result['precision']}; {measured(result)}"
-    lines = [f"{'variant':<16}{'step ms':>10}{'with views':>12}{'images/s':>10}{'views/s':>9}{'MFU':>7}{'memory MB':>11}{'views':>7}{'encoder':>9}{'rest':>6}{'15,000 steps*':>15}"]
+    head = (f"{result['device']}, {result['encoder']} at {result['image_size']} px, "
+            f"{'+'.join(map(str, result['views_per_step']))} views a step, {result['precision']}; {measured(result)}")
+    lines = [f"{'variant':<16}{'step ms':>10}{'with views':>12}{'images/s':>10}{'views/s':>9}{'MFU':>7}"
+             f"{'memory MB':>11}{'views':>7}{'encoder':>9}{'rest':>6}{'15,000 steps*':>15}"]
     for name, v in result["variants"].items():
         memory = "-" if v["peak_memory_mb"] is None else f"{v['peak_memory_mb']:,.0f}"
         share = v["share"]
-        lines.append(f"{name:<16}{v['step_ms']:>10,.1f}{v['step_with_views_ms']:>12,.1f}{v['images_per_s']:>10,.1f}{v['views_images_per_s']:>9,.0f}{v['mfu']:>7.1%}{memory:>11}{share['views']:>7.0%}{share['encoder']:>9.0%}{share['rest']:>6.0%}{v['preset_seconds']:>13,.0f} s")
+        lines.append(f"{name:<16}{v['step_ms']:>10,.1f}{v['step_with_views_ms']:>12,.1f}{v['images_per_s']:>10,.1f}"
+                     f"{v['views_images_per_s']:>9,.0f}{v['mfu']:>7.1%}{memory:>11}"
+                     f"{share['views']:>7.0%}{share['encoder']:>9.0%}{share['rest']:>6.0%}{v['preset_seconds']:>13,.0f} s")
     return "\n".join([head, *lines, "* training alone, without evaluations; an image counts once for each of its views"])
 
 def measured(result: dict) -> str:
     "The matrix product, and the clock of what is reckoned with it; a record that names no clock is in CPU time."
     speed, n = f"matrix product {result['product_tflops']:.2f}", result["threads"]
     if "clock" not in result: return f"{speed} TFLOP per second of CPU time (one core's rate); MFU and shares in CPU time too"
-    return f"{speed} TFLOP/s by the clock on the wall{f' ({n} threads)' if result.get('cpu_time_product_tflops') and n > 1 else ''}; MFU against it"
+    return (f"{speed} TFLOP/s by the clock on the wall"
+            f"{f' ({n} threads)' if result.get('cpu_time_product_tflops') and n > 1 else ''}; MFU against it")
 
 # %% ../nbs/13_gpu.ipynb #f6f07944
 def compilations(f, steps: int = 3) -> list[int]: # graphs compiled in each step

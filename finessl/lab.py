@@ -235,7 +235,8 @@ def paired(
 ) -> Paired:
     "Mean of a − b with Student's interval over the pairs; what varies between them is what the interval speaks of."
     a, b = np.asarray(a, float), np.asarray(b, float)
-    if a.ndim != 1 or a.shape != b.shape or len(a) < 2: raise ValueError(f"a and b must hold the same n >= 2 numbers each, got shapes {a.shape} and {b.shape}")
+    if a.ndim != 1 or a.shape != b.shape or len(a) < 2:
+        raise ValueError(f"a and b must hold the same n >= 2 numbers each, got shapes {a.shape} and {b.shape}")
     if not 0 < level < 1: raise ValueError(f"level must lie between 0 and 1, got {level}")
     d, n = a - b, len(a)
     half = stats.t.ppf((1 + level) / 2, n - 1) * d.std(ddof=1) / np.sqrt(n)
@@ -259,7 +260,9 @@ def gate(
     keeps: float = .2 # least share of pseudo-labels kept in the last quarter
 ) -> dict: # the two numbers, and whether both conditions hold
     "Is the schedule sound? If not, it is what is wrong, and no method."
-    if not len(probe) == len(labelled) > 0 or not len(fixmatch): raise ValueError(f"needs as many probes as labelled-only runs and some FixMatch runs, got {len(probe)}, {len(labelled)}, {len(fixmatch)}")
+    if not len(probe) == len(labelled) > 0 or not len(fixmatch):
+        raise ValueError("needs as many probes as labelled-only runs and some FixMatch runs, "
+                         f"got {len(probe)}, {len(labelled)}, {len(fixmatch)}")
     gap = sum(labelled) / len(labelled) - sum(probe) / len(probe)
     util = sum(map(last_quarter, fixmatch)) / len(fixmatch)
     return {"labelled_minus_probe": gap, "kept_in_last_quarter": util, "passes": bool(gap >= -within and util > keeps)}
@@ -267,7 +270,8 @@ def gate(
 # %% ../nbs/06_lab.ipynb #81cd3480
 COLOURS = MappingProxyType({
     "raw pixels": "#BBBBBB", "zero-shot": "#CC79A7", "linear probe": "#777777", "labelled-only": "#56B4E9", "FixMatch": "#E69F00",
-    "FixMatch + margin": "#66A61E", "FineSSL": "#009E73", "FineSSL (paper)": "#004D40", "− margin": "#D55E00", "margins averaged": "#8C564B", "margins permuted": "#882255",
+    "FixMatch + margin": "#66A61E", "FineSSL": "#009E73", "FineSSL (paper)": "#004D40",
+    "− margin": "#D55E00", "margins averaged": "#8C564B", "margins permuted": "#882255",
     "− smoothing": "#0072B2", "− reweighting": "#332288",
     "truth": "#000000", "right": "#0072B2", "wrong": "#D55E00", "out of distribution": "#999933",
     "biased": "#AA3377", "balanced": "#228833"})
@@ -298,9 +302,11 @@ def frame(
     "Runs in long form: method, split, and the last evaluation."
     def row(name, record):
         last, split = record["evaluations"][-1], record["dataset"]
-        per_cent = {k: 100 * last[k] for k in ("accuracy", "pool_accuracy", "pool_mean_confidence", "pool_util", "pool_kept_accuracy") if last.get(k) is not None}
+        per_cent = {k: 100 * last[k] for k in ("accuracy", "pool_accuracy", "pool_mean_confidence", "pool_util", "pool_kept_accuracy")
+                    if last.get(k) is not None}
         counts = last["pool_pl_counts"]
-        return {"method": name, "n": split["n_per_class"], "seed": split["seed"], "classes": len(record["classes"])} | per_cent | {"most_over_least": max(counts) / max(min(counts), 1)}
+        return ({"method": name, "n": split["n_per_class"], "seed": split["seed"], "classes": len(record["classes"])}
+                | per_cent | {"most_over_least": max(counts) / max(min(counts), 1)})
     return pd.DataFrame([row(name, getattr(r, "record", r)) for name, many in runs.items() for r in many])
 
 def against(

@@ -111,7 +111,8 @@ def balanced_margin_loss(
 ) -> Tensor: # scalar, or (B,) for "none"
     "Cross-entropy with the margin of the target's class on every other logit (FineSSL, balanced margin softmax)."
     if z.ndim != 2 or y.shape != z.shape[:1] or margins.shape != z.shape[1:]:
-        raise ValueError(f"z, y, margins must have shapes (B, C), (B,), (C,), got {tuple(z.shape)}, {tuple(y.shape)}, {tuple(margins.shape)}")
+        raise ValueError("z, y, margins must have shapes (B, C), (B,), (C,), "
+                         f"got {tuple(z.shape)}, {tuple(y.shape)}, {tuple(margins.shape)}")
     if reduction not in ("mean", "sum", "none"): raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
     target = y[:, None] == torch.arange(z.shape[1], device=z.device)
     return F.cross_entropy(torch.where(target, z, z + margins.detach()[y, None]), y, reduction=reduction)

@@ -85,7 +85,7 @@ def vpt_flops(
     exact: bool = True, # the cheaper form; False: the plain one
     batch: int = 1 # images that share the prompts' keys and values
 ) -> float: # floating point operations per image in a forward pass, stem and blocks
-    "Operations of VPT-deep in matrix products and attention, 2 per multiplication, from shapes alone (a hybrid stem's own layers left out)."
+    "Operations of VPT-deep in matrix products and attention, 2 per multiplication, from shapes alone (without a hybrid stem's own layers)."
     trunk, size, P, total = encoder.trunk, encoder.image_size, n_prompts, 0.
     stem = trunk.patch_embed.proj if encoder.is_timm else trunk.conv1
     T = (size // encoder.patch_size) ** 2 + (trunk.num_prefix_tokens if encoder.is_timm else 1)
@@ -127,7 +127,8 @@ def token_prompts(
     h = encoder.tokens(x)
     first = encoder.trunk.num_prefix_tokens if encoder.is_timm else 1
     total = len(h) * (h.shape[1] - first)
-    if not 0 <= n_prompts <= total: raise ValueError(f"n_prompts (--prompts) must be between 0 and {total}, the image tokens of {len(h)} images, got {n_prompts}")
+    if not 0 <= n_prompts <= total:
+        raise ValueError(f"n_prompts (--prompts) must be between 0 and {total}, the image tokens of {len(h)} images, got {n_prompts}")
     g, out = torch.Generator().manual_seed(seed), []
     for block in encoder.blocks:
         out.append(h[:, first:].flatten(0, 1)[torch.randperm(total, generator=g)[:n_prompts].to(h.device)])

@@ -349,8 +349,9 @@ def card(r: Recipe, losses: list, seconds: float, device: str) -> dict:
             "frequencies": {c: round(float(f), 6) for c, f in zip(characters, frequencies)},
             "captions": [t.format("{name}") for t in templates], "losses": losses,
             "seconds": round(seconds, 1), "device": device, "threads": torch.get_num_threads(), "machine": platform.machine(),
-            "versions": {"python": platform.python_version(), "torch": torch.__version__, "open_clip": open_clip.__version__, "numpy": np.__version__,
-                         "scipy": scipy.__version__, "pillow": PIL.__version__, "matplotlib": matplotlib.__version__}}
+            "versions": {"python": platform.python_version(), "torch": torch.__version__,
+                         "open_clip": open_clip.__version__, "numpy": np.__version__, "scipy": scipy.__version__,
+                         "pillow": PIL.__version__, "matplotlib": matplotlib.__version__}}
 
 # %% ../nbs/90_pocket.ipynb #65f016ec
 def save_pocket(
@@ -375,7 +376,8 @@ def main(
     argv: list[str] | None = None # None: the command line's
 ) -> str: # sha256 of the weights
     "The command `python -m finessl.pocket`."
-    p = argparse.ArgumentParser("python -m finessl.pocket", description="Pre-train the pocket CLIP on glyphs from fonts; writes pocket.safetensors and pocket.json.")
+    p = argparse.ArgumentParser("python -m finessl.pocket",
+                                description="Pre-train the pocket CLIP on glyphs from fonts; writes pocket.safetensors and pocket.json.")
     p.add_argument("--out", required=True, help="folder for the two files")
     p.add_argument("--balanced", action="store_true", help="every digit equally often: the twin")
     p.add_argument("--seed", type=int, default=Recipe.seed, help="of weights and drawings (default %(default)s)")

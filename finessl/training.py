@@ -19,7 +19,8 @@ __all__ = ['EPOCHS', 'short', 'paper', 'LABELLED', 'UNLABELLED', 'VIEW_LB', 'VIE
            'postfix', 'finish']
 
 # %% ../nbs/05_training.ipynb #f869d55e
-import atexit, contextlib, dataclasses, datetime, errno, functools, hashlib, io, json, math, os, platform, signal, subprocess, sys, threading, time, traceback, warnings
+import atexit, contextlib, dataclasses, datetime, errno, functools, hashlib, io, json, math, os
+import platform, signal, subprocess, sys, threading, time, traceback, warnings
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
@@ -77,7 +78,9 @@ def refuse_outside(
     try: fine = least <= value <= most and abs(value) < math.inf and not (above and value == least)
     except TypeError: fine = False
     low = ">" if above else ">="
-    if not fine: raise ValueError(f"{name} must {f'be finite and {low} {least}' if most == math.inf else f'lie in [{least}, {most}]'}, got {value!r}")
+    if not fine:
+        raise ValueError(f"{name} must {f'be finite and {low} {least}' if most == math.inf else f'lie in [{least}, {most}]'}, "
+                         f"got {value!r}")
 
 @dataclasses.dataclass(frozen=True)
 class FixMatch:
@@ -141,7 +144,9 @@ def labelled_indices(
     "Labelled images of a step, and the key of their views' draw, without or with the trap of the released loader."
     if labelled == "all": return batch_indices(seed, step, n, batch, LABELLED), step
     if labelled != "release": raise ValueError(f'labelled must be "all" or "release", got {labelled!r}')
-    if batch > n: raise ValueError(f"the release (labelled) drops the last incomplete batch: with {n} labelled images the batch must be <= {n}, got {batch}")
+    if batch > n:
+        raise ValueError("the release (labelled) drops the last incomplete batch: "
+                         f"with {n} labelled images the batch must be <= {n}, got {batch}")
     per_epoch = max(1, schedule.steps // EPOCHS)
     epoch, t = divmod(step, per_epoch)
     t %= n // batch                                          # itertools.cycle over the complete batches …
@@ -251,7 +256,8 @@ def step_images(
     if "weak" in algorithm.needs: out["x_w"] = views.weak(images, draws(views.weak, n, step, VIEW_WEAK))
     if "strong" in algorithm.needs: # one call for all strong views
         V = algorithm.n_strong
-        out["x_s"] = views.strong(images.repeat(V, *[1] * (images.ndim - 1)), draws(views.strong, n, step, *range(VIEW_STRONG, VIEW_STRONG + V)))
+        out["x_s"] = views.strong(images.repeat(V, *[1] * (images.ndim - 1)),
+                                  draws(views.strong, n, step, *range(VIEW_STRONG, VIEW_STRONG + V)))
     return out
 
 # %% ../nbs/05_training.ipynb #bcb18f2d
@@ -323,7 +329,8 @@ class Place:
         if self.device.type == "cuda": torch.cuda.set_device(self.device)
         if not dist.is_initialized(): # gloo for what lies on the CPU, NCCL for what lies on GPUs
             backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
-            dist.init_process_group(backend, os.environ.get("FINESSL_MEET", "env://"), datetime.timedelta(seconds=patience), count, int(os.environ["RANK"]))
+            dist.init_process_group(backend, os.environ.get("FINESSL_MEET", "env://"), datetime.timedelta(seconds=patience),
+                                    count, int(os.environ["RANK"]))
             atexit.register(dist.destroy_process_group)
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
 
@@ -343,7 +350,9 @@ def place_of(
     if device.type == "cpu" or places == 1: return device
     if device.type != "cuda": raise ValueError(f"device {device.type} serves one process; several need cpu or cuda")
     if device.index is not None: raise ValueError(f'device "{device}" is one GPU, and {places} processes need one each: say "cuda"')
-    if (there := torch.cuda.device_count()) < places: raise ValueError(f"{places} processes need {places} GPUs, and there {'is' if there == 1 else 'are'} {there}: start fewer, or take device cpu")
+    if (there := torch.cuda.device_count()) < places:
+        raise ValueError(f"{places} processes need {places} GPUs, and there {'is' if there == 1 else 'are'} {there}: "
+                         "start fewer, or take device cpu")
     return torch.device("cuda", place)
 
 # %% ../nbs/05_training.ipynb #ae80965c
@@ -355,7 +364,9 @@ class World(Place):
     def talking(self):
         "Around what needs an answer from all: a process that is gone becomes an error."
         try: yield
-        except RuntimeError as error: raise Lost(f"a process of this run ended without a word (killed, or out of memory?), as process {self.rank} of {self.size} notices; the last checkpoint is kept") from error
+        except RuntimeError as error:
+            raise Lost("a process of this run ended without a word (killed, or out of memory?), "
+                       f"as process {self.rank} of {self.size} notices; the last checkpoint is kept") from error
 
     def gather(self,
         mine: dict[str, Tensor], # rows first, all on one device; int64 before float32
@@ -511,7 +522,8 @@ def read_records(
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
 
 # %% ../nbs/05_training.ipynb #2c46576c
-PACKAGES = ("torchvision", "open_clip_torch", "timm", "numpy", "scikit-learn") # whose versions a record names, beside python, finessl and torch
+# whose versions a record names, beside python, finessl and torch
+PACKAGES = ("torchvision", "open_clip_torch", "timm", "numpy", "scikit-learn")
 
 @functools.cache
 def version_of(package: str) -> str|None: # None: not installed as a package
@@ -525,14 +537,16 @@ def environment(device) -> dict:
     tracked = git("ls-files", "--error-unmatch", "__init__.py") if (here.parent / ".git").exists() else ""
     dev = torch.device(device)
     name = torch.cuda.get_device_name(dev) if dev.type == "cuda" else f"{platform.machine()} {dev.type}"
-    return {"commit": git("rev-parse", "HEAD") if tracked else None, "dirty": bool(git("status", "--porcelain", "--", ".")) if tracked else None,
+    return {"commit": git("rev-parse", "HEAD") if tracked else None,
+            "dirty": bool(git("status", "--porcelain", "--", ".")) if tracked else None,
             "device": name, "threads": torch.get_num_threads(),
-            "versions": {"python": platform.python_version(), "finessl": finessl.__version__, "torch": torch.__version__} | {k: version_of(k) for k in PACKAGES}}
+            "versions": {"python": platform.python_version(), "finessl": finessl.__version__, "torch": torch.__version__}
+                        | {k: version_of(k) for k in PACKAGES}}
 
 # %% ../nbs/05_training.ipynb #8de2ec4e
 @contextlib.contextmanager
 def folder_lock(folder: Path):
-    "Hold a run's folder; a second run into it is refused. The lock dies with its process, and its file goes with it, as does a new folder that stays empty."
+    "Hold a run's folder against a second run; lock and file end with the process, and so does a new folder that stays empty."
     path, made = folder / ".lock", not folder.exists()
     def opened():
         folder.mkdir(parents=True, exist_ok=True)
@@ -662,7 +676,8 @@ def start_from_tokens(model: Model, dataset: Dataset, plain, seed: int, device):
     prompts.copy_(token_prompts(model.features.encoder, plain(dataset.x_lb[some].to(device)), prompts.shape[1], seed))
 
 # %% ../nbs/05_training.ipynb #a0283dc7
-NEEDED = {"backbone": str, "backbone_hash": str, "image_size": int, "read_size": int, "mean": list, "std": list, "classes": list, "peft": str, "n_prompts": int} # of a record, by load_run
+NEEDED = {"backbone": str, "backbone_hash": str, "image_size": int, "read_size": int,
+          "mean": list, "std": list, "classes": list, "peft": str, "n_prompts": int} # of a record, by load_run
 
 def read_record(folder) -> dict:
     "The record of a finished run."
@@ -682,7 +697,8 @@ def read_trained(path: Path, model: Model) -> dict: # name -> tensor
     except FileNotFoundError: raise FileNotFoundError(f"{path} is missing") from None
     except (SafetensorError, ValueError, KeyError) as e: raise ValueError(f"{path} is torn, or no file of weights: {e}") from None
     shapes = lambda tensors: {k: list(v.shape) for k, v in tensors.items()}
-    if differ := differences(shapes(trained), shapes(trained_state(model))): raise ValueError(f"{path} does not fit the record beside it ({foremost(differ)})")
+    if differ := differences(shapes(trained), shapes(trained_state(model))):
+        raise ValueError(f"{path} does not fit the record beside it ({foremost(differ)})")
     return trained
 
 # %% ../nbs/05_training.ipynb #5d3e90b7
@@ -695,7 +711,9 @@ def load_run(
     folder, device = Path(folder), device or default_device()
     record = read_record(folder)
     encoder = load_backbone(record["backbone"], checkpoint or record.get("checkpoint"), record["image_size"])
-    if encoder.hash != record["backbone_hash"]: raise ValueError(f"{record['backbone']} has other weights here (hash {encoder.hash}) than in {folder} ({record['backbone_hash']}): name the file that the run was trained with as checkpoint (--checkpoint FILE)")
+    if encoder.hash != record["backbone_hash"]:
+        raise ValueError(f"{record['backbone']} has other weights here (hash {encoder.hash}) than in {folder} ({record['backbone_hash']}): "
+                         "name the file that the run was trained with as checkpoint (--checkpoint FILE)")
     model = build_model(encoder, len(record["classes"]), record["peft"], record["n_prompts"])
     model.load_state_dict(read_trained(folder / "model.safetensors", model), strict=False)
     return Run(model.to(device).eval(), record, View(record["image_size"], tuple(record["mean"]), tuple(record["std"])), device)
@@ -707,7 +725,8 @@ class Meter:
 
     def __init__(self, y_ulb: Tensor, device): # truth of the pool, -1 unknown; for diagnosis only
         self.y_ulb = y_ulb.to(device)
-        self.sums = torch.zeros(len(self.names), dtype=torch.float64 if torch.device(device).type != "mps" else torch.float32, device=device)
+        self.sums = torch.zeros(len(self.names),
+                                dtype=torch.float64 if torch.device(device).type != "mps" else torch.float32, device=device)
 
     def add(self, loss: Tensor, metrics: dict, idx_ulb: Tensor|None):
         "Add one step; no value is fetched."
@@ -732,7 +751,8 @@ def save_checkpoint(folder: Path, step: int, model, optimizer, state: dict, mete
                     here: dict): # see surroundings
     "Write everything that step `step` needs, atomically; the checkpoint before it is kept beside it."
     guard.check()
-    content = {"step": step, "settings": json.dumps(settings, sort_keys=True), "log": json.dumps(log), "surroundings": json.dumps(here), "meter": meter.sums,
+    content = {"step": step, "settings": json.dumps(settings, sort_keys=True), "log": json.dumps(log),
+               "surroundings": json.dumps(here), "meter": meter.sums,
                "model": trained_state(model), "optimizer": optimizer.state_dict(),
                "state": {k: v.state_dict() if hasattr(v, "state_dict") else v for k, v in state.items()}}
     path = folder / CHECKPOINT
@@ -756,7 +776,8 @@ def differences(old: dict, new: dict, under: str = "") -> list[str]: # e.g. "sch
         elif a != b: out.append(f"{under}{k}: {a!r} there, {b!r} here")
     return out
 
-TYPED = ("algorithm.name", "dataset.source", "dataset.n_per_class", "dataset.seed", "backbone", "peft", "n_prompts", "schedule.steps", "schedule.lr", "batch", "mu", "seed") # what a command says most often
+TYPED = ("algorithm.name", "dataset.source", "dataset.n_per_class", "dataset.seed", "backbone", "peft", "n_prompts",
+         "schedule.steps", "schedule.lr", "batch", "mu", "seed") # what a command says most often
 
 def foremost(differ: list[str], n: int = 3) -> str: # differ: from `differences`
     "The differences that a user is likeliest to have typed, and how many more there are."
@@ -823,7 +844,8 @@ def take_up(
     restore(c, model, optimizer, state, meter)
     log, changed = c["log"], differences(json.loads(c["surroundings"]), here)
     log["resumes"].append({"step": c["step"], "passed_over": c["passed_over"], "changed": changed})
-    if (said := c["passed_over"] + changed) and (world is None or world.first): tqdm.write(f"resumed from step {c['step']}: {'; '.join(said)}", file=sys.stderr)
+    if (said := c["passed_over"] + changed) and (world is None or world.first):
+        tqdm.write(f"resumed from step {c['step']}: {'; '.join(said)}", file=sys.stderr)
     return log, c["step"]
 
 def begun_with(setting: str, folder): # folder: of a run to go on with, or None
@@ -855,25 +877,32 @@ def said_of(e: Exception, folder: Path|None, batch: int, accumulate: int = 1) ->
     if isinstance(e, DataError): return None if folder is None else DataError(f"{e}; {way_on(folder)} once the file is mended")
     if isinstance(e, NotFinite):
         if folder is None: return None
-        return TrainingError(f"{e}; " + ("no checkpoint was written" if (c := newest(folder)) is None else f"the checkpoint of step {c['step']} is kept"))
+        return TrainingError(f"{e}; " + ("no checkpoint was written" if (c := newest(folder)) is None
+                                         else f"the checkpoint of step {c['step']} is kept"))
     if isinstance(e, OSError) and folder is not None and e.filename and Path(e.filename).parent == folder:
         why, cure = ("no space left", "there is room") if e.errno in FULL else (e.strerror.lower(), "it can be written")
         return TrainingError(f"{why} while writing {e.filename}; {way_on(folder)} once {cure}")
-    if out_of_memory(e): return TrainingError(f"out of memory with batch={batch} ({str(e).partition(chr(10))[0] or 'MemoryError'}): {less_than(e, batch, accumulate)}; {way_on(folder)}")
+    if out_of_memory(e):
+        return TrainingError(f"out of memory with batch={batch} ({str(e).partition(chr(10))[0] or 'MemoryError'}): "
+                             f"{less_than(e, batch, accumulate)}; {way_on(folder)}")
     return None
 
 # %% ../nbs/05_training.ipynb #ecf477fb
 def out_of_memory(e: Exception) -> bool:
     "Whether an error means that memory ran out, on any device."
     says = ("out of memory", "can't allocate memory", "not enough memory", "ALLOC_FAILED") # CUDA and MPS, Linux, Windows, cuBLAS
-    return isinstance(e, (MemoryError, torch.OutOfMemoryError)) or isinstance(e, RuntimeError) and not isinstance(e, TrainingError) and any(s in str(e) for s in says)
+    return (isinstance(e, (MemoryError, torch.OutOfMemoryError))
+            or isinstance(e, RuntimeError) and not isinstance(e, TrainingError) and any(s in str(e) for s in says))
 
 def less_than(e: Exception, batch: int, accumulate: int = 1) -> str:
     "What needs less memory than what failed."
-    if any(frame.name == "logits_of" for frame in traceback.extract_tb(e.__traceback__)): return "evaluations look at 256 images at once, whatever the batch; precision=\"bf16\" (--precision bf16) or smaller images need less"
+    if any(frame.name == "logits_of" for frame in traceback.extract_tb(e.__traceback__)):
+        return ("evaluations look at 256 images at once, whatever the batch; "
+                "precision=\"bf16\" (--precision bf16) or smaller images need less")
     k, less = 2 * accumulate, max(1, batch // (2 * accumulate))
     if batch < k: return "the batch cannot be cut further; fewer prompts, smaller images or precision=\"bf16\" (--precision bf16) need less"
-    return f"accumulate={k} (--accumulate {k}) takes it in {k} pieces and gives the same update; batch={less} (--batch {less}) needs as little, and is another run"
+    return (f"accumulate={k} (--accumulate {k}) takes it in {k} pieces and gives the same update; "
+            f"batch={less} (--batch {less}) needs as little, and is another run")
 
 def way_on(folder: Path|None) -> str:
     "Which checkpoint a run can go on from."
@@ -887,32 +916,45 @@ def describe(algorithm) -> dict:
 
 def split_of(dataset: Dataset) -> dict:
     "What identifies the data of a run: the source's name, the split's seed and a hash."
-    if (s := dataset.split) is not None: return {"source": s.source, "seed": s.seed, "n_per_class": s.n_per_class, "hash": s.hash, "skipped": s.skipped, "unreadable": list(s.unreadable)}
+    if (s := dataset.split) is not None:
+        return {"source": s.source, "seed": s.seed, "n_per_class": s.n_per_class,
+                "hash": s.hash, "skipped": s.skipped, "unreadable": list(s.unreadable)}
     h = hashlib.sha256(repr((len(dataset.x_ulb), len(dataset.x_test), dataset.y_lb.tolist())).encode())
     if isinstance(dataset.x_lb, Tensor): h.update(dataset.x_lb.cpu().numpy().tobytes())
     return {"source": "tensors", "seed": None, "n_per_class": None, "hash": h.hexdigest()[:16], "skipped": 0, "unreadable": []}
 
-def settings_of(dataset: Dataset, encoder, algorithm, views: Views, schedule: Schedule, **more) -> dict: # more: numbers and names, as they are
+def settings_of(dataset: Dataset, encoder, algorithm, views: Views, schedule: Schedule,
+                **more) -> dict: # more: numbers and names, as they are
     "Every setting of a run, as JSON."
     return {"algorithm": describe(algorithm), "backbone": encoder.name, "backbone_hash": encoder.hash,
-            "dataset": split_of(dataset), "classes": list(dataset.classes), "n_lb": len(dataset.x_lb), "n_ulb": len(dataset.x_ulb), "n_test": len(dataset.x_test),
-            "views": {"weak": describe(views.weak), "strong": describe(views.strong)}, "image_size": views.size, "read_size": max(dataset.x_lb.shape[-2:]),
+            "dataset": split_of(dataset), "classes": list(dataset.classes),
+            "n_lb": len(dataset.x_lb), "n_ulb": len(dataset.x_ulb), "n_test": len(dataset.x_test),
+            "views": {"weak": describe(views.weak), "strong": describe(views.strong)},
+            "image_size": views.size, "read_size": max(dataset.x_lb.shape[-2:]),
             "mean": list(views.mean), "std": list(views.std), "schedule": schedule._asdict()} | more
 
 # %% ../nbs/05_training.ipynb #1783cce0
-def refuse_bad(dataset: Dataset, algorithm, schedule: Schedule, seed: int, batch: int, mu: int, evals: int, checkpoint_every: int|None, labelled: str, precision: str|None,
+def refuse_bad(dataset: Dataset, algorithm, schedule: Schedule, seed: int, batch: int, mu: int, evals: int,
+               checkpoint_every: int|None, labelled: str, precision: str|None,
                peft: str = "vpt", prompt_init: str = "random", accumulate: int = 1, processes: int = 1, init_seed: int|None = None):
     "Raise a ValueError that says which value was given and what is allowed."
     check_dataset(dataset)
     for name, v in {"seed": seed, "init_seed": init_seed}.items():
         if v is not None and not hasattr(v, "__index__"): raise ValueError(f"{name} must be a whole number, got {v!r}")
-    positive = {"batch": batch, "mu": mu, "schedule.steps": schedule.steps, "evals": evals, "accumulate": accumulate} | ({} if checkpoint_every is None else {"checkpoint_every": checkpoint_every})
+    positive = ({"batch": batch, "mu": mu, "schedule.steps": schedule.steps, "evals": evals, "accumulate": accumulate}
+                | ({} if checkpoint_every is None else {"checkpoint_every": checkpoint_every}))
     for name, v in positive.items(): _whole(name, v, 1)
-    if batch < processes * accumulate: raise ValueError(f"batch must be >= processes x accumulate, a labelled image for each part; got {batch} for {processes} x {accumulate}")
-    if algorithm.needs and not len(dataset.x_ulb): raise ValueError(f"{type(algorithm).__name__} needs unlabelled images, and the pool is empty")
-    if prompt_init not in ("random", "tokens") or (prompt_init, peft) == ("tokens", "linear"): raise ValueError(f'prompt_init must be "random", or "tokens" where there are prompts (peft="vpt"), got {prompt_init!r} with peft={peft!r}')
+    if batch < processes * accumulate:
+        raise ValueError("batch must be >= processes x accumulate, a labelled image for each part; "
+                         f"got {batch} for {processes} x {accumulate}")
+    if algorithm.needs and not len(dataset.x_ulb):
+        raise ValueError(f"{type(algorithm).__name__} needs unlabelled images, and the pool is empty")
+    if prompt_init not in ("random", "tokens") or (prompt_init, peft) == ("tokens", "linear"):
+        raise ValueError('prompt_init must be "random", or "tokens" where there are prompts (peft="vpt"), '
+                         f'got {prompt_init!r} with peft={peft!r}')
     refuse_outside("lr", schedule.lr, above=True)
-    lr_at(schedule, 0), autocast("cpu", precision or "float32"), labelled_indices(seed, 0, len(dataset.x_lb), batch, schedule, labelled) # each refuses what it does not know
+    # each refuses what it does not know
+    lr_at(schedule, 0), autocast("cpu", precision or "float32"), labelled_indices(seed, 0, len(dataset.x_lb), batch, schedule, labelled)
 
 # %% ../nbs/05_training.ipynb #8897727c
 def optimizer_of(model, schedule: Schedule, momentum: float, weight_decay: float) -> torch.optim.SGD:
@@ -923,7 +965,8 @@ def optimizer_of(model, schedule: Schedule, momentum: float, weight_decay: float
 # %% ../nbs/05_training.ipynb #462fe4b8
 POOL_IMAGES = 10_000 # at most so many images of the pool are classified at an evaluation
 
-def evaluate(model, dataset: Dataset, plain, device, precision: str = "float32", world: World|None = None): # -> metrics for the record; logits of the test part
+def evaluate(model, dataset: Dataset, plain, device, precision: str = "float32",
+             world: World|None = None): # -> metrics for the record; logits of the test part
     "Accuracy on the test part and, for diagnosis, on the pool (its first images in a fixed random order where it is large)."
     n = len(dataset.x_ulb)
     some = torch.arange(n) if n <= POOL_IMAGES else torch.randperm(n, generator=generator(0, 0))[:POOL_IMAGES].sort().values
@@ -934,7 +977,8 @@ def evaluate(model, dataset: Dataset, plain, device, precision: str = "float32",
         s = summary(z[seen], dataset.y_test[seen])
         out |= {"accuracy": s["accuracy"], "mean_confidence": s["mean_confidence"]}
     if n:
-        pool = dataset.x_ulb if n == len(some) else dataset.x_ulb.select(some) if isinstance(dataset.x_ulb, ImageFiles) else dataset.x_ulb[some]
+        pool = (dataset.x_ulb if n == len(some)
+                else dataset.x_ulb.select(some) if isinstance(dataset.x_ulb, ImageFiles) else dataset.x_ulb[some])
         z_pool = logits_of(model, pool, plain, device, precision=precision, world=world)
         same_files(dataset, world)
         seen = readable(pool)
@@ -976,7 +1020,8 @@ def whole_step(
     out = {k: joined([getattr(p, k).detach() for p in parts], views[k]) for k in names}
     if world is not None and world.size > 1:
         rows = lambda k, r: views.get(k, 1) * count(len(parts[0].y_lb if k.endswith("_lb") else parts[0].idx_ulb), r, world.size)
-        if parts[0].idx_ulb is not None: out = {"idx_ulb": parts[0].idx_ulb[world.share(len(parts[0].idx_ulb))]} | out # who reads files may have replaced some
+        if parts[0].idx_ulb is not None:
+            out = {"idx_ulb": parts[0].idx_ulb[world.share(len(parts[0].idx_ulb))]} | out # who reads files may have replaced some
         out = {k: joined(v, views.get(k, 1)) for k, v in world.gather(out, rows).items()}
     return parts[0]._replace(**out)
 
@@ -999,7 +1044,8 @@ def backward_in_parts(model: Model, images: dict, algorithm, state: dict, device
     for i, piece in enumerate(pieces):
         part = parts[0] if accumulate == 1 else look({k: v for k, v in piece.items() if k != "x_w"}) # again, now with gradient
         v = lambda k: V if k.endswith("_s") else 1
-        own = [(getattr(part, k), rows_of(rows_of(g, v(k), rank, size), v(k), i, accumulate)) for k, g in zip(taught, slopes) if g is not None]
+        own = [(getattr(part, k), rows_of(rows_of(g, v(k), rank, size), v(k), i, accumulate))
+               for k, g in zip(taught, slopes) if g is not None]
         torch.autograd.backward(*zip(*own))
     if size > 1: world.sum_gradients(model.parameters())
     return step, loss, metrics
@@ -1026,7 +1072,8 @@ def train_step(model: Model, images: dict, algorithm, state: dict, optimizer, gu
 # %% ../nbs/05_training.ipynb #8b2486ee
 def compiled(features: nn.Module, how: bool|str = True): # how: True, or a mode of torch.compile
     "`features` compiled for fixed shapes; with CUDA graphs, a call with gradient opens a step."
-    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit) # all models of a process share the code of one forward pass
+    # all models of a process share the code of one forward pass
+    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
     f = torch.compile(features, dynamic=False, mode=None if how is True else how)
     if how not in ("reduce-overhead", "max-autotune"): return f
     def opening(x):
@@ -1050,7 +1097,8 @@ def held(
         yield
         return
     with folder_lock(folder):
-        if (folder / "record.json").exists() and not overwrite: raise TrainingError(f"{folder} holds a finished run; name another folder, or remove it")
+        if (folder / "record.json").exists() and not overwrite:
+            raise TrainingError(f"{folder} holds a finished run; name another folder, or remove it")
         yield
 
 def keep(
@@ -1093,22 +1141,28 @@ def fit(
 ) -> Run:
     "Train prompts and heads on a frozen encoder with any algorithm; the paper's optimizer and schedule are the defaults."
     world = World(device)
-    refuse_bad(dataset, algorithm, schedule, seed, batch, mu, evals, checkpoint_every, labelled, precision, peft, prompt_init, accumulate, world.size, init_seed)
+    refuse_bad(dataset, algorithm, schedule, seed, batch, mu, evals, checkpoint_every, labelled, precision,
+               peft, prompt_init, accumulate, world.size, init_seed)
     encoder, device = load_backbone(backbone) if isinstance(backbone, str) else backbone, world.device
     views, init_seed = views or default_views(dataset, encoder), seed if init_seed is None else init_seed
     compile = device.type == "cuda" if compile is None else compile
     precision = precision or world.from_first(lambda: begun_with("precision", out if resume else None)) or default_precision(device)
     n_prompts = 0 if peft != "vpt" else default_prompts(encoder) if n_prompts is None else n_prompts
-    settings = settings_of(dataset, encoder, algorithm, views, schedule, peft=peft, n_prompts=n_prompts, batch=batch, mu=mu, momentum=momentum, weight_decay=weight_decay,
+    settings = settings_of(dataset, encoder, algorithm, views, schedule, peft=peft, n_prompts=n_prompts,
+                           batch=batch, mu=mu, momentum=momentum, weight_decay=weight_decay,
                            seed=seed, init_seed=init_seed, labelled=labelled, precision=precision, evals=evals, prompt_init=prompt_init)
     model = build_model(encoder, len(dataset.classes), peft, n_prompts, init_seed).to(device)
     if prompt_init == "tokens": start_from_tokens(model, dataset, views.plain, init_seed, device)
     folder = None if out is None else Path(out)
     world.agree(settings, "settings")
     with held(folder if world.first else None, overwrite), Interrupt(deaf=float(world.size > 1)) as interrupt:
-        log = attempt(lambda: train(model, dataset, views, algorithm, settings, schedule, device, folder, checkpoint_every, resume, progress, depth, compile, world, accumulate, interrupt), folder, batch, accumulate)
-        record = settings | log | environment(device) | {"compile": compile, "processes": world.size, "accumulate": accumulate, "checkpoint": getattr(encoder, "checkpoint", None), "command": command,
-                                                         "split": None if dataset.split is None else {k: getattr(dataset.split, k) for k in ("seed", "n_per_class", "hash")}}
+        log = attempt(lambda: train(model, dataset, views, algorithm, settings, schedule, device, folder, checkpoint_every, resume,
+                                    progress, depth, compile, world, accumulate, interrupt),
+                      folder, batch, accumulate)
+        record = (settings | log | environment(device)
+                  | {"compile": compile, "processes": world.size, "accumulate": accumulate,
+                     "checkpoint": getattr(encoder, "checkpoint", None), "command": command,
+                     "split": None if dataset.split is None else {k: getattr(dataset.split, k) for k in ("seed", "n_per_class", "hash")}})
         run = Run(model.eval(), record, views.plain, device)
         if folder is not None and world.first: keep(run, folder, batch)
         world.settle()
@@ -1118,27 +1172,32 @@ def fit(
 # %% ../nbs/05_training.ipynb #d47d78cf
 def train(model: Model, dataset: Dataset, views: Views, algorithm, settings: dict, schedule: Schedule, device,
           folder: Path|None = None, checkpoint_every: int|None = None, resume: bool = False, progress: bool|str|None = None,
-          depth: int|None = None, compile: bool|str = False, world: World|None = None, accumulate: int = 1, interrupt: Interrupt|None = None # interrupt: of the caller, who sees to a Ctrl-C in the last step
+          depth: int|None = None, compile: bool|str = False, world: World|None = None, accumulate: int = 1,
+          interrupt: Interrupt|None = None # interrupt: of the caller, who sees to a Ctrl-C in the last step
 ) -> dict: # evaluations, per-class accuracy, confusion, seconds, resumes
     "The loop of `fit`: draw, step, evaluate now and then, keep what a resume needs."
     s, steps, world = settings, schedule.steps, world or World(device, join=False)
     optimizer = optimizer_of(model, schedule, s["momentum"], s["weight_decay"])
     state, meter, guard = algorithm.init(len(dataset.x_ulb), len(dataset.classes), device), Meter(dataset.y_ulb, device), Guard(device)
     here = {} if folder is None else surroundings(device) | {"processes": world.size, "accumulate": accumulate, "compile": compile}
-    log, start = take_up(folder, settings, device, here, model, optimizer, state, meter, world) if resume and folder is not None else (empty_log(), 0)
+    log, start = (take_up(folder, settings, device, here, model, optimizer, state, meter, world) if resume and folder is not None
+                  else (empty_log(), 0))
     leave_out(dataset, log["unreadable"])
     lb, ulb = on_device(dataset.x_lb, device), on_device(dataset.x_ulb, device)
-    make = lambda t: step_images(dataset, views, algorithm, lb, ulb, s["seed"], t, s["batch"], s["mu"], schedule, s["labelled"], (world.rank, world.size))
+    make = lambda t: step_images(dataset, views, algorithm, lb, ulb, s["seed"], t,
+                                 s["batch"], s["mu"], schedule, s["labelled"], (world.rank, world.size))
     logits = functools.partial(forward, features=compiled(model.features, compile)) if compile else forward
     images = ahead(make, range(start, steps), depth_for(dataset, device) if depth is None else depth, device)
     eval_at, show_every = {math.ceil(steps * i / s["evals"]) for i in range(1, s["evals"] + 1)}, max(1, steps // 50)
     bar = tqdm(total=steps, initial=start, disable=not world.first or hidden(progress), desc=type(algorithm).__name__, leave=True)
     watch = Stopwatch(log)
     alone = interrupt is None
-    with bar, Interrupt(deaf=float(world.size > 1)) if alone else contextlib.nullcontext(interrupt) as interrupt, contextlib.closing(images):
+    with (bar, Interrupt(deaf=float(world.size > 1)) if alone else contextlib.nullcontext(interrupt) as interrupt,
+          contextlib.closing(images)):
         for t in range(start, steps):
             if schedule.clear_every and t and t % schedule.clear_every == 0 and hasattr(algorithm, "clear"): algorithm.clear(state)
-            train_step(model, next(images), algorithm, state, optimizer, guard, meter, t, lr_at(schedule, t), device, s["precision"], logits, world, accumulate)
+            train_step(model, next(images), algorithm, state, optimizer, guard, meter,
+                       t, lr_at(schedule, t), device, s["precision"], logits, world, accumulate)
             done, stop = t + 1, world.told(interrupt.asked)
             if done in eval_at:
                 guard.check()
@@ -1171,7 +1230,7 @@ class Stopwatch:
         self.log[key], self.at = self.log[key] + now - self.at, now
 
 def hidden(progress: bool|str|None) -> bool|None: # tqdm's `disable`; its None hides a bar where standard error is no terminal
-    "Whether a run goes without a bar; where it is left open (None), TQDM_DISABLE=1 and anything but a terminal or a Jupyter kernel say yes."
+    "Whether a run goes without a bar; None: yes with TQDM_DISABLE=1, and where there is no terminal and no Jupyter kernel."
     if progress is not None: return not progress or progress == "lines"
     if os.environ.get("TQDM_DISABLE", "0") not in ("", "0"): return True
     shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
@@ -1181,7 +1240,8 @@ def line(log: dict, steps: int, shown: dict) -> str: # shown: from `postfix`
     "What a log says at an evaluation."
     done = log["evaluations"][-1]["step"]
     left = (log["seconds"] + log["eval_seconds"]) / done * (steps - done)
-    return f"step {done} of {steps}: " + ", ".join(f"{k} {v}" for k, v in shown.items()) + f"; {left:.0f} s left" * (left < 120) + f"; {left / 60:.0f} min left" * (left >= 120)
+    return (f"step {done} of {steps}: " + ", ".join(f"{k} {v}" for k, v in shown.items())
+            + f"; {left:.0f} s left" * (left < 120) + f"; {left / 60:.0f} min left" * (left >= 120))
 
 def postfix(log: dict, meter: Meter, guard: Guard) -> dict:
     "What the progress bar shows: loss and share kept since the last evaluation (or up to it, right after), and its accuracy."
@@ -1199,5 +1259,6 @@ def finish(log: dict, dataset: Dataset, z: Tensor) -> dict: # z: (N_test, C) log
     if len(z):
         seen = readable(dataset.x_test)
         confusion = (dataset.y_test * C + z.argmax(1))[seen].bincount(minlength=C * C).reshape(C, C)
-        log |= {"confusion": confusion.tolist(), "per_class_accuracy": [round(float(r[k] / r.sum()), 6) if r.sum() else None for k, r in enumerate(confusion)]}
+        log |= {"confusion": confusion.tolist(),
+                "per_class_accuracy": [round(float(r[k] / r.sum()), 6) if r.sum() else None for k, r in enumerate(confusion)]}
     return log | {k: round(log[k], 3) for k in ("seconds", "eval_seconds")}

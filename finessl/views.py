@@ -20,10 +20,11 @@ from torch import Tensor
 
 # %% ../nbs/02_views.ipynb #0a2db0e9
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711) # OpenAI's CLIP encoders
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # many timm encoders; the release on FOOD-101, Semi-Aves, ImageNet
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)          # many timm encoders; the release on other data
 CIFAR10_MEAN, CIFAR10_STD = (0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616)      # the release on CIFAR-10
 CIFAR100_MEAN, CIFAR100_STD = (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)    # the release on CIFAR-100
-NORMALISATION = {"clip": (CLIP_MEAN, CLIP_STD), "imagenet": (IMAGENET_MEAN, IMAGENET_STD), "cifar10": (CIFAR10_MEAN, CIFAR10_STD), "cifar100": (CIFAR100_MEAN, CIFAR100_STD)}
+NORMALISATION = {"clip": (CLIP_MEAN, CLIP_STD), "imagenet": (IMAGENET_MEAN, IMAGENET_STD),
+                 "cifar10": (CIFAR10_MEAN, CIFAR10_STD), "cifar100": (CIFAR100_MEAN, CIFAR100_STD)}
 
 # %% ../nbs/02_views.ipynb #5e470001
 def sent(
@@ -98,7 +99,8 @@ class View:
     def __call__(self, x: Tensor, params: dict[str, Tensor] | None = None) -> Tensor:
         "uint8 (B, 3, H, W) on any device to normalised float32 (B, 3, size, size) there; row i of `params` for image i."
         require_images(x)
-        if params is None and type(self).draw is not View.draw: raise ValueError("this view is random: give it the parameters that its draw(n, generator) returns")
+        if params is None and type(self).draw is not View.draw:
+            raise ValueError("this view is random: give it the parameters that its draw(n, generator) returns")
         for name, rows in (params or {}).items():
             if len(rows) != len(x): raise ValueError(f"{len(x)} images need {len(x)} rows of parameters, got {len(rows)} rows of {name!r}")
         return normalise(self.apply(x, params or {}), self.mean, self.std)
@@ -372,7 +374,8 @@ class NaturalView(View):
     def draw(self, n, generator):
         def whole(lo, hi): return torch.randint(lo, hi, (n, self.n_ops), generator=generator)
         params = dict(crop=torch.rand(n, 2, generator=generator), flip=torch.rand(n, generator=generator) < .5)
-        if self.n_ops: params |= dict(op=whole(0, len(OPERATIONS)).where(whole(0, 2) == 1, -1), level=whole(1, 10), sign=2 * whole(0, 2) - 1)
+        if self.n_ops:
+            params |= dict(op=whole(0, len(OPERATIONS)).where(whole(0, 2) == 1, -1), level=whole(1, 10), sign=2 * whole(0, 2) - 1)
         if self.cutout: params |= dict(hole=torch.rand(n, 2, generator=generator))
         return params
 

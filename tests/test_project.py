@@ -61,3 +61,10 @@ def test_every_code_cell_with_pictures_was_run():
     for path in sorted((root / "nbs").glob("*.ipynb")):
         cells = [c for c in nbformat.read(path, as_version=4).cells if c.cell_type == "code"]
         assert any(c.outputs for c in cells), f"{path.name} was committed without its outputs"
+
+
+def test_code_in_notebooks_needs_no_scrolling_sideways():
+    for path in sorted((root / "nbs").glob("*.ipynb")):
+        for cell in nbformat.read(path, as_version=4).cells:
+            if cell.cell_type != "code": continue
+            for line in cell.source.splitlines(): assert len(line) <= 140 and line == line.rstrip(), f"{path.name}: {len(line)} characters in {line!r}"
