@@ -148,6 +148,7 @@ def add_train(commands, common):
                    help="compute the batch in so many pieces: the same update with less memory, more slowly")
     g.add_argument("--precision", choices=("float32", "bf16"),
                    help="of the encoder's arithmetic (default: bf16 on a GPU that has it, else float32)")
+    g.add_argument("--no-compile", action="store_true", help="leave the encoder uncompiled on a GPU (without a C compiler, for one)")
     g.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: FINESSL_DEVICE of the environment, "
                                     "else the first of cuda, mps, cpu that is there)")
     g.add_argument("--processes", metavar="N", type=whole, default=1,
@@ -262,7 +263,9 @@ def device_of(name): # -> name, or None where none is given
     "A device that is there."
     if not (given := name or os.environ.get("FINESSL_DEVICE")): return None
     import torch
-    try: torch.empty(1, device=given)
+    try:
+        if not (device := torch.device(given)).type == "cuda": torch.empty(1, device=device)
+        elif (device.index or 0) >= torch.cuda.device_count(): raise RuntimeError # no tensor: the first GPU may not be this process's
     except (RuntimeError, AssertionError, NotImplementedError):
         raise UsageError(f"{'--device' if name else 'FINESSL_DEVICE='}{' ' * bool(name)}{given} is not here; cpu is, "
                          f"cuda {'is' if torch.cuda.is_available() else 'is not'}, "
@@ -299,7 +302,8 @@ def train_as_told(args, device): # device: a name, or None
                  views=natural_views(encoder.image_size, *NORMALISATION[args.normalise]) if args.normalise else None,
                  labelled=args.labelled, seed=args.seed, init_seed=args.init_seed, prompt_init=args.prompt_init, device=device,
                  precision=args.precision, evals=args.evals, out=args.out, checkpoint_every=args.checkpoint_every, resume=args.resume,
-                 progress=bar(args), command=args.command_line, accumulate=args.accumulate)
+                 progress=bar(args), command=args.command_line, accumulate=args.accumulate,
+                 compile=False if args.no_compile else None)
     last = run.record["evaluations"][-1]
     lost = run.record["unreadable"]
     tested = len(dataset.x_test) - (sum(dataset.x_test.left_out.name(f) in lost for f in dataset.x_test.files) if lost else 0)

@@ -25,8 +25,9 @@ from .data import DataError, Dataset, ImageFiles, Split, files_left_out, image_f
 from .views import NORMALISATION, OPERATIONS, natural_views
 from .backbone import attention, load_backbone, written_attention
 from .peft import PlainVPT
-from .training import (Guard, Meter, Schedule, Step, ahead, autocast, build_model, compiled, default_device, default_precision,
-                              depth_for, environment, forward, lr_at, on_device, optimizer_of, paper, step_images, train_step)
+from .training import (Guard, Meter, Schedule, Step, ahead, autocast, build_model, compiled, compiles,
+                              default_device, default_precision, depth_for, environment, forward, lr_at, on_device,
+                              optimizer_of, paper, step_images, train_step)
 from .algorithms import FineSSL
 from .files import ARCHIVES, answers, lacking_data, refuse_size, require
 from .presets import presets, refuse_unknown
@@ -325,7 +326,7 @@ class Trainer:
         self.model.to(b.device)
         self.state, self.guard, self.meter = (self.algorithm.init(n_ulb, b.n_classes, b.device), Guard(b.device),
                                               Meter(self.dataset.y_ulb, b.device))
-        how = b.device.type == "cuda" if v.compile is None else v.compile
+        how = compiles(b.device) if v.compile is None else v.compile
         self.graphs = how in ("reduce-overhead", "max-autotune")
         self.features = compiled(self.model.features, how) if how else self.model.features
         self.logits = partial(one_batch if v.weak == "gradient" else forward, features=self.features)

@@ -9,7 +9,7 @@ Exit code 1 where weights or record differ in anything but times and resumes.
 import argparse, hashlib, multiprocessing, os, random, signal, sys, tempfile, time
 from pathlib import Path
 
-os.environ |= {"OMP_NUM_THREADS": "1", "FINESSL_DEVICE": "cpu"} # before torch: a process without threads, and without a GPU, can be forked
+os.environ |= {"OMP_NUM_THREADS": "1", "FINESSL_DEVICE": "cpu", "CUDA_VISIBLE_DEVICES": ""} # before torch: a process without threads, and without a GPU, can be forked
 
 from finessl import cli
 from finessl.training import environment, newest, write_json

@@ -317,6 +317,44 @@ def test_train_with_a_preset(tmp_path, capsys):
     assert main(["train", "--preset", "semi-aves", "--out", str(tmp_path / "other")]) == 2 and "needs --data" in capsys.readouterr().err
 
 
+def test_the_encoder_is_compiled_where_its_compiler_is(monkeypatch):
+    monkeypatch.setattr(training.importlib.util, "find_spec", lambda name: True)
+    for major, wanted in ((6, False), (7, True), (9, True)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (major, 0))
+        assert training.compiles("cuda") is wanted
+    monkeypatch.setattr(training.importlib.util, "find_spec", lambda name: None)
+    assert not training.compiles("cuda") and not training.compiles("cpu") and not training.compiles("mps")
+
+
+def test_threads_that_make_images_start_on_the_gpu_they_serve(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    assert [training.gpu_of(d) for d in ("cpu", "mps", "cuda", "cuda:3")] == [None, None, 1, 3]
+    assert training.on_gpu("cpu") == () and training.on_gpu("cuda") == (torch.cuda.set_device, (1,))
+    started, given = [], []
+    monkeypatch.setattr(torch.cuda, "set_device", started.append)
+    monkeypatch.setattr(training, "side_stream", lambda device: None)
+    monkeypatch.setattr(training, "arrived", lambda device, images, event: given.append(device) or images)
+    assert list(ahead(lambda t: t, range(5), 2, "cuda:3")) == [0, 1, 2, 3, 4] and given == 5 * ["cuda:3"]
+    assert 1 <= len(started) <= 2 and set(started) == {3}
+
+
+def test_a_process_that_fails_on_gpus_does_not_wait_for_those_that_go_on(monkeypatch):
+    monkeypatch.setattr(training.dist.distributed_c10d, "_get_default_store", torch.distributed.HashStore)
+    for device, wanted in (("cuda", [training.dist.destroy_process_group]), ("cpu", [])):
+        left = []
+        monkeypatch.setattr(training.atexit, "unregister", left.append)
+        with pytest.raises(OSError, match="no power"), training.one_fate(SimpleNamespace(size=2, rank=0, device=torch.device(device))): raise OSError("no power")
+        assert left == wanted
+
+
+def test_train_can_leave_the_encoder_uncompiled(tmp_path, monkeypatch):
+    given = []
+    monkeypatch.setattr("finessl.devices.fit_on", lambda *args, **kwargs: given.append(kwargs["compile"]) or exit(0))
+    for more in ([], ["--no-compile"]):
+        with contextlib.suppress(SystemExit): main(["train", "--data", "digits", "--per-class", "1", "--out", str(tmp_path / "run"), *more])
+    assert given == [None, False]
+
+
 # On a GPU (skipped where there is none)
 
 @needs_gpu
@@ -341,3 +379,29 @@ def test_compiled_and_graphed_steps_give_the_same_losses():
     def losses(name): return [float(t.step(t.images(i), i)) for t in [Trainer(VARIANTS[name], small("cuda"))] for i in range(4)]
     plain = losses("finessl-eager")
     assert losses("finessl") == pytest.approx(plain, rel=1e-2) and losses("finessl-graphs") == pytest.approx(plain, rel=1e-2)
+
+
+@needs_gpu
+def test_files_reach_a_gpu_through_pinned_memory(tmp_path):
+    lists = image_lists(folder_of_lists(tmp_path, [f"{c}/a {i}.jpg\t{c}" for c in ("cat", "dog") for i in range(5)]), image_size=32)
+    for x in (lists.x_lb, lists.x_ulb):
+        idx = torch.tensor([3, 0, 0, 9])
+        assert torch.equal(on_device(x, torch.device("cuda"))(idx).cpu(), x[idx])
+
+
+@needs_gpu
+@pytest.mark.parametrize("how", (False, True))
+def test_a_run_goes_on_on_a_gpu(tmp_path, how):
+    class PowerCut(FixMatch):
+        def __call__(self, step, state):
+            state["n"] = state.get("n", 0) + 1
+            if state["n"] == 9: raise OSError("no power")
+            return super().__call__(step, state)
+    PowerCut.__name__ = "FixMatch"
+    go = lambda algorithm, **k: fit(digits(2, 0), load_backbone("pocket"), algorithm, schedule=Schedule(12), batch=8, evals=2, compile=how,
+                                    precision="float32", progress=False, device="cuda", **k)
+    whole = go(FixMatch())
+    with pytest.raises(OSError): go(PowerCut(), out=tmp_path / "run", checkpoint_every=6)
+    resumed = go(FixMatch(), out=tmp_path / "run", checkpoint_every=6, resume=True)
+    assert resumed.record["resumes"] and [e["step"] for e in resumed.record["evaluations"]] == [6, 12]
+    for name, v in training.trained_state(whole.model).items(): torch.testing.assert_close(training.trained_state(resumed.model)[name], v, rtol=1e-3, atol=1e-5)
