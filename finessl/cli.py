@@ -266,7 +266,7 @@ def device_of(name): # -> name, or None where none is given
     try:
         if not (device := torch.device(given)).type == "cuda": torch.empty(1, device=device)
         elif (device.index or 0) >= torch.cuda.device_count(): raise RuntimeError # no tensor: the first GPU may not be this process's
-    except (RuntimeError, AssertionError, NotImplementedError):
+    except (RuntimeError, AssertionError):
         raise UsageError(f"{'--device' if name else 'FINESSL_DEVICE='}{' ' * bool(name)}{given} is not here; cpu is, "
                          f"cuda {'is' if torch.cuda.is_available() else 'is not'}, "
                          f"mps {'is' if torch.backends.mps.is_available() else 'is not'}") from None
