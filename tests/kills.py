@@ -11,8 +11,10 @@ from pathlib import Path
 
 os.environ |= {"OMP_NUM_THREADS": "1", "FINESSL_DEVICE": "cpu", "CUDA_VISIBLE_DEVICES": ""} # before torch: a process without threads, and without a GPU, can be forked
 
-from finessl import cli
-from finessl.training import environment, newest, write_json
+from finessl.cli.main import main as cli_main
+from finessl.engine.environment import environment
+from finessl.engine.checkpoint import latest_checkpoint
+from finessl.engine.storage import write_json
 from test_training import outcome, same_record
 
 TRAIN = "train --data digits --per-class 1 --steps {steps} --batch 4 --prompts 8 --evals 2 --checkpoint-every 1 --quiet --out run"
@@ -20,7 +22,7 @@ TRAIN = "train --data digits --per-class 1 --steps {steps} --batch 4 --prompts 8
 
 def command_line(command, where):
     os.chdir(where)
-    sys.exit(cli.main(command.split()))
+    sys.exit(cli_main.main(command.split()))
 
 
 def start(command, where):
@@ -39,7 +41,7 @@ def until(met, process, pause=.002):
 
 def killed(process, folder: Path, step: int, milliseconds: float, aimed: bool) -> dict:
     "SIGKILL a run soon after a step; what it left."
-    until(lambda: (c := newest(folder)) is not None and c["step"] >= step, process, .02)
+    until(lambda: (c := latest_checkpoint(folder)) is not None and c["step"] >= step, process, .02)
     time.sleep(milliseconds / 1e3)
     if aimed: until(lambda: next(folder.glob(".*.tmp"), None), process, 0)
     process.kill()
@@ -65,7 +67,7 @@ def same(a: dict, b: dict) -> bool:
 def experiment(kills: int, seed: int, steps: int) -> dict:
     "The record."
     chance, command, moments = random.Random(seed), TRAIN.format(steps=steps), []
-    with tempfile.TemporaryDirectory() as d: cli.main(TRAIN.format(steps=1).replace("--out run", f"--out {d}/run").split()) # imports what a run imports late
+    with tempfile.TemporaryDirectory() as d: cli_main.main(TRAIN.format(steps=1).replace("--out run", f"--out {d}/run").split()) # imports what a run imports late
     with tempfile.TemporaryDirectory() as a, tempfile.TemporaryDirectory() as b:
         for k, step in enumerate(sorted(chance.sample(range(1, steps - 5), kills))):
             p = start(command + " --resume" * (k > 0), b)

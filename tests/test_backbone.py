@@ -12,9 +12,14 @@ from safetensors.torch import load_file, save_file
 import open_clip
 import timm
 
-from finessl.backbone import BackboneError, byte_tokens, load_backbone, read_weights, tiny_encoder, tiny_kinds
-from finessl.checks import assert_close, check_encoder, check_vpt
-from finessl.peft import VPT, CosineHead, Model, PlainVPT
+from finessl.engine.errors import BackboneError
+from finessl.engine.encoders import byte_tokens
+from finessl.backbone import load_backbone, tiny_encoder, tiny_kinds
+from finessl.engine.weights import read_weights
+from finessl.checks import assert_close
+from finessl.checks.backbone import check_encoder
+from finessl.checks.peft import check_vpt
+from finessl.peft import VPT, CosineHead, TwoHeadModel, ReferenceVPT
 
 
 @pytest.fixture(scope="module")
@@ -151,9 +156,9 @@ def test_other_files_and_folders(tmp_path):
 @pytest.mark.filterwarnings("ignore")
 def test_noise_is_no_weights_file(tmp_path):
     "Whatever torch's reader makes of it."
-    draw = random.Random(0)
+    sample_params = random.Random(0)
     for i in range(200):
-        (tmp_path / "noise").write_bytes(bytes(draw.choices(range(256) if i % 2 else b"train --data \n(]}.01acelpt", k=draw.randrange(1, 60))))
+        (tmp_path / "noise").write_bytes(bytes(sample_params.choices(range(256) if i % 2 else b"train --data \n(]}.01acelpt", k=sample_params.randrange(1, 60))))
         with pytest.raises(BackboneError, match="noise"): read_weights(tmp_path / "noise")
 
 
@@ -270,13 +275,13 @@ def test_a_name_that_the_table_lacks_is_the_librarys_to_explain(vit, monkeypatch
     from huggingface_hub import constants
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     nobody = lambda url: "no network"
-    with pytest.raises(files.MissingError) as known: files.require(None, None, "timm:test_vit", ask=nobody)
-    source = backbone._source("timm:test_vit")
-    with pytest.raises(BackboneError) as looked_up: backbone._fetch(source, source.build(num_classes=None), ask=nobody)
+    with pytest.raises(errors.MissingError) as known: downloads.require_files(None, None, "timm:test_vit", ask=nobody)
+    source = encoders.encoder_spec("timm:test_vit")
+    with pytest.raises(BackboneError) as looked_up: weights.fetch_weights(source, source.build(num_classes=None), ask=nobody)
     assert str(known.value) == str(looked_up.value) and "MB) from https://huggingface.co/timm/test_vit.r160_in1k/" in str(known.value)
-    monkeypatch.setattr(files, "WEIGHTS", {})
-    files.require(None, None, "timm:test_vit", ask=nobody)     # left to load_backbone, which looks it up
-    monkeypatch.setattr(backbone, "_fetch", lambda source, plan: vit[1])
+    monkeypatch.setattr(downloads, "WEIGHTS", {})
+    downloads.require_files(None, None, "timm:test_vit", ask=nobody)     # left to load_backbone, which looks it up
+    monkeypatch.setattr(backbone, "fetch_weights", lambda source, plan: vit[1])
     assert load_backbone("timm:test_vit").hash == load_backbone("timm:test_vit", checkpoint=vit[1]).hash
 
 
@@ -286,8 +291,8 @@ def test_a_download_that_breaks_off_says_what_to_bring(monkeypatch, tmp_path):
     def broken(repo, file): raise ConnectionResetError(f"{repo}/{file}")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", broken)
-    source = backbone._source("timm:test_vit")
-    with pytest.raises(BackboneError, match="broke off: ConnectionResetError.*bring model.safetensors"): backbone._fetch(source, source.build(), ask=lambda url: "")
+    source = encoders.encoder_spec("timm:test_vit")
+    with pytest.raises(BackboneError, match="broke off: ConnectionResetError.*bring model.safetensors"): weights.fetch_weights(source, source.build(), ask=lambda url: "")
 
 
 def test_importing_the_module_imports_neither_library():
@@ -313,13 +318,13 @@ def test_every_kind(kind):
     encoder = tiny_encoder(kind)
     check_encoder(encoder)
     check_vpt(VPT, encoder)
-    check_vpt(PlainVPT, encoder)
+    check_vpt(ReferenceVPT, encoder)
 
 
 def test_encoder_is_unchanged_by_training_and_survives_a_copy():
     import copy
     encoder = tiny_encoder("open_clip, LayerScale")
-    model = Model(VPT(encoder, 4, seed=0), CosineHead(encoder.width, 3, seed=0)).train()
+    model = TwoHeadModel(VPT(encoder, 4, seed=0), CosineHead(encoder.width, 3, seed=0)).train()
     before, prompts = encoder.hash, model.features.prompts.detach().clone()
     x, y = torch.randn(6, 3, 32, 32), torch.arange(6) % 3
     twin = copy.deepcopy(model)

@@ -9,10 +9,16 @@ from PIL import Image
 from safetensors.torch import save
 from sklearn.datasets import load_digits
 
-from finessl import cli, training
+from finessl.cli import demo as cli_demo
+from finessl.cli.main import main as cli_main
+from finessl.cli import options as cli_options
+from finessl.cli import train as cli_train
+from finessl.engine import errors
+from finessl import training
 from finessl.algorithms import FineSSL
 from finessl.backbone import load_backbone
-from finessl.training import FixMatch, LabelledOnly, load_run
+from finessl.pseudo_labels import FixMatch, SupervisedOnly
+from finessl.engine.runs import load_run
 
 root = Path(__file__).resolve().parent.parent
 ENV = os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "PYTHONUTF8": "1"}
@@ -24,7 +30,7 @@ def finessl(capsys, monkeypatch, tmp_path):
     "Run a command in this process: exit code, standard output, standard error."
     monkeypatch.chdir(tmp_path)
     def run(*argv):
-        code = cli.main([str(a) for a in argv])
+        code = cli_main.main([str(a) for a in argv])
         return code, *capsys.readouterr()
     return run
 
@@ -75,7 +81,7 @@ QUICK = [["--help"], ["--version"], ["demo", "--help"], ["train", "--help"], ["p
 
 
 def test_help_and_argument_errors_import_no_torch(tmp_path):
-    code = ("import sys; from finessl.cli import main\n"
+    code = ("import sys; from finessl.cli.main import main\n"
             f"codes = [main(argv) for argv in {QUICK!r}]\n"
             "heavy = [m for m in ('torch', 'torchvision', 'open_clip', 'timm', 'numpy', 'sklearn', 'matplotlib', 'PIL') if m in sys.modules]\n"
             "print(codes, heavy)")
@@ -88,30 +94,30 @@ def test_help_and_argument_errors_import_no_torch(tmp_path):
 
 
 def test_defaults_are_those_of_fit_and_of_the_algorithms():
-    args = cli.make_parser().parse_args(["train", "--data", "digits", "--out", "r"])
+    args = cli_main.make_parser().parse_args(["train", "--data", "digits", "--out", "r"])
     fit = {k: v.default for k, v in inspect.signature(training.fit).parameters.items()}
     for key in ("peft", "batch", "mu", "seed", "init_seed", "precision", "evals", "device"): assert getattr(args, key) == fit[key], key
     assert (args.steps, args.lr) == (fit["schedule"].steps, fit["schedule"].lr) and fit["n_prompts"] is None
-    for name, algorithm in {"finessl": FineSSL(), "fixmatch": FixMatch(), "labelled-only": LabelledOnly()}.items():
+    for name, algorithm in {"finessl": FineSSL(), "fixmatch": FixMatch(), "labelled-only": SupervisedOnly()}.items():
         fields = dataclasses.asdict(algorithm)
-        assert cli.OPTIONS[name] == {k: fields[k] for k in cli.OPTIONS[name]}
-    text = " ".join(cli.make_parser().parse_args(["train", "--data", "d", "--out", "r"]).__dict__)
-    assert all(key in text for options in cli.OPTIONS.values() for key in options)
+        assert cli_options.OPTIONS[name] == {k: fields[k] for k in cli_options.OPTIONS[name]}
+    text = " ".join(cli_main.make_parser().parse_args(["train", "--data", "d", "--out", "r"]).__dict__)
+    assert all(key in text for options in cli_options.OPTIONS.values() for key in options)
 
 
 def test_help_names_every_default(finessl):
     _, out, _ = finessl("train", "--help")
-    for options in cli.OPTIONS.values():
+    for options in cli_options.OPTIONS.values():
         for key, value in options.items():
             text = re.search(rf"^  --{key} .*?\(default:\s+(.*?)\)", out, re.M | re.S)
             assert text[1] == (value if isinstance(value, str) else f"{value:g}"), key
 
 
 def test_options_reach_the_algorithm():
-    args = cli.make_parser().parse_args("train --data digits --out r --gamma 1 --form paper --alpha 0".split())
-    assert cli.algorithm_of(args) == FineSSL(gamma=1., form="paper", alpha=0.)
-    args = cli.make_parser().parse_args("train --data digits --out r --algorithm fixmatch --tau .9".split())
-    assert cli.algorithm_of(args) == FixMatch(tau=.9)
+    args = cli_main.make_parser().parse_args("train --data digits --out r --gamma 1 --form paper --alpha 0".split())
+    assert cli_options.make_algorithm(args) == FineSSL(gamma=1., form="paper", alpha=0.)
+    args = cli_main.make_parser().parse_args("train --data digits --out r --algorithm fixmatch --tau .9".split())
+    assert cli_options.make_algorithm(args) == FixMatch(tau=.9)
 
 
 # ---------------------------------------------------------------- mistakes
@@ -197,7 +203,7 @@ def test_a_class_that_loses_its_images_says_so(refused, folder, tmp_path):
 
 
 def test_named_data_offline(refused, monkeypatch, tmp_path):
-    monkeypatch.setattr(cli, "require", functools.partial(cli.require, ask=lambda url: "no network"))
+    monkeypatch.setattr(cli_options, "require_files", functools.partial(cli_options.require_files, ask=lambda url: "no network"))
     for name, archive in {"cifar10": "cifar-10-python.tar.gz", "cifar100": "cifar-100-python.tar.gz", "food101": "food-101.tar.gz"}.items():
         begin = time.time()
         err = refused("train", "--data", name, "--per-class", "1", "--out", "run", "--data-dir", "data")
@@ -207,14 +213,14 @@ def test_named_data_offline(refused, monkeypatch, tmp_path):
 
 def test_debug_shows_the_traceback(finessl, monkeypatch):
     argv = ["predict", "--run", "nowhere", "x.png"]
-    with pytest.raises(cli.UsageError): finessl(*argv, "--debug")
+    with pytest.raises(errors.UsageError): finessl(*argv, "--debug")
     monkeypatch.setenv("FINESSL_DEBUG", "1")
-    with pytest.raises(cli.UsageError): finessl(*argv)
+    with pytest.raises(errors.UsageError): finessl(*argv)
 
 
 def test_the_unexpected_is_one_line_too(refused, monkeypatch):
     def broken(args): raise RuntimeError("first\nsecond")
-    monkeypatch.setattr(cli, "dataset_of", broken)
+    monkeypatch.setattr(cli_train, "load_dataset", broken)
     assert "RuntimeError: first second (FINESSL_DEBUG=1" in refused("train", "--data", "digits", "--per-class", "1", "--out", "run", code=1)
 
 
@@ -327,7 +333,7 @@ def test_weights_from_a_file(finessl, refused, tmp_path):
     save_file(timm.create_model("test_vit", num_classes=0).state_dict(), tmp_path / "vit.safetensors")
     argv = ["--data", "digits", *TINY, "--steps", "2", "--backbone", "timm:test_vit", "--image-size", "32", "--checkpoint", "vit.safetensors", "--quiet"]
     assert finessl("train", *argv, "--out", "run")[::2] == (0, "")
-    cli.write_samples(cli.dataset_of(SimpleNamespace(data="digits", per_class=1, seed=0, split_seed=None)), tmp_path / "images")
+    cli_demo.write_samples(cli_train.load_dataset(SimpleNamespace(data="digits", per_class=1, seed=0, split_seed=None)), tmp_path / "images")
     code, out, _ = finessl("predict", "--run", "run", "images")
     assert code == 0 and len(rows(out)) == 11
     (tmp_path / "vit.safetensors").rename(tmp_path / "moved.safetensors")
@@ -394,6 +400,6 @@ def test_ctrl_c_at_any_early_moment(tmp_path):
 
 def test_ctrl_c_before_the_first_step(finessl, monkeypatch):
     def stop(*args, **kwargs): raise KeyboardInterrupt
-    monkeypatch.setattr(cli, "dataset_of", stop)
+    monkeypatch.setattr(cli_train, "load_dataset", stop)
     code, out, err = finessl("train", "--data", "digits", "--per-class", "1", "--out", "run")
     assert code == 130 and err.startswith("finessl: stopped before the first checkpoint; start again with: finessl train --data digits"), err

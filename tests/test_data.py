@@ -9,8 +9,10 @@ import pytest
 import torch
 from PIL import Image, features
 
-from finessl.data import (DataError, Dataset, ImageFiles, Split, batch_indices, check_dataset, digits, generator, holdout,
-                          image_folder, read_image, split_labels)
+from finessl.engine.errors import DataError
+from finessl.data import Dataset, Split, batch_indices, check_dataset, digits, generator, holdout, split_labels
+from finessl.engine.images import ImageFiles, read_image
+from finessl.engine.folders import image_folder
 
 
 def picture(seed=0, size=(24, 24)):

@@ -5,12 +5,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from finessl import cli
+from finessl.cli.main import main as cli_main
 from finessl.algorithms import FineSSL
 from finessl.backbone import load_backbone
-from finessl.data import DataError, UnreadableError, digits
-from finessl.devices import fit_on, launch, main, pickled, reason, scaling_table
-from finessl.training import FixMatch, LabelledOnly, Lost, Schedule, Stopped, TrainingError, fit, trained_state
+from finessl.engine.errors import DataError, UnreadableError
+from finessl.data import digits
+from finessl.devices import fit_distributed
+from finessl.engine.launch import launch, pickle_error, collect_error
+from finessl.bench.scaling import main, scaling_table
+from finessl.pseudo_labels import FixMatch, SupervisedOnly
+from finessl.engine.errors import PeerLost, PeerFailed, TrainingError
+from finessl.engine.schedule import Schedule
+from finessl.training import fit
+from finessl.peft import trainable_state_dict
 
 root = Path(__file__).resolve().parent.parent
 ENV = os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
@@ -40,14 +47,14 @@ def watched(stop_after=0, stop_in="0"):
 
 
 def run(algorithm, **changes):
-    settings = dict(n_prompts=2, schedule=Schedule(20, clear_every=15), batch=9, mu=2, evals=4, progress=False, device="cpu") | changes
+    settings = dict(n_prompts=2, schedule=Schedule(20, reset_pace_every=15), batch=9, mu=2, evals=4, progress=False, device="cpu") | changes
     return fit(few(), load_backbone("pocket"), algorithm, **settings)
 
 
-def outcome(r): return r.record, {k: v.detach().clone() for k, v in trained_state(r.model).items()}
+def outcome(r): return r.record, {k: v.detach().clone() for k, v in trainable_state_dict(r.model).items()}
 
 
-PLAIN = {"FixMatch": (FixMatch(tau=.5), {}), "labelled-only": (LabelledOnly(), {}), "dropped, two unlabelled each": (FineSSL(detach_aux=False), dict(labelled="release", mu=1))}
+PLAIN = {"FixMatch": (FixMatch(tau=.5), {}), "labelled-only": (SupervisedOnly(), {}), "dropped, two unlabelled each": (FineSSL(detach_aux=False), dict(labelled="release", mu=1))}
 
 
 def in_each(folder):
@@ -167,7 +174,7 @@ class Dies(FineSSL):
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGKILL")
 def test_one_that_is_killed_ends_all(capfd):
     begin = time.time()
-    with pytest.raises(TrainingError, match="process 1 of 2 was killed"): fit_on(2, few(), load_backbone("pocket"), Dies(), n_prompts=2, batch=4, schedule=Schedule(1000), device="cpu", progress=False)
+    with pytest.raises(TrainingError, match="process 1 of 2 was killed"): fit_distributed(2, few(), load_backbone("pocket"), Dies(), n_prompts=2, batch=4, schedule=Schedule(1000), device="cpu", progress=False)
     assert time.time() - begin < 60 and capfd.readouterr().err == ""
 
 
@@ -188,11 +195,11 @@ def test_nothing_stays_of_a_parent_that_is_killed(tmp_path):
 
 NO_ROOM = """
 import resource, sys
-from finessl import cli
+from finessl.cli import main as cli_main
 from finessl.devices import launch
 hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
 resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))        # no file may be larger: the call does not fit
-print(cli.main(sys.argv[1:]))
+print(cli_main.main(sys.argv[1:]))
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))     # a small call does, its result does not
 import torch
 try: launch(1, torch.ones, 100_000, threads=1)
@@ -218,12 +225,12 @@ def test_no_temporary_folder_at_all(monkeypatch):
 
 @pytest.mark.parametrize("error, kind", [(DataError("no image"), DataError), (UnreadableError("a.jpg", "cannot read a.jpg"), DataError), (TrainingError("full"), TrainingError), (KeyboardInterrupt("stopped"), KeyboardInterrupt)])
 def test_what_failed_says_so_and_not_who_ended_with_it(tmp_path, error, kind):
-    for rank, e in enumerate([Stopped("process 0 ended because process 2 failed"), Lost("gone"), error]): (tmp_path / f"error-{rank}").write_bytes(pickled(e, "where"))
-    got = reason(tmp_path, [1, 1, 1])
+    for rank, e in enumerate([PeerFailed("process 0 ended because process 2 failed"), PeerLost("gone"), error]): (tmp_path / f"error-{rank}").write_bytes(pickle_error(e, "where"))
+    got = collect_error(tmp_path, [1, 1, 1])
     assert isinstance(got, kind) and str(got) == str(error) and got.__notes__ == ["where"]
     (tmp_path / "error-2").unlink()
-    assert "process 2 of 3 was killed" in str(reason(tmp_path, [1, 1, -9])) and reason(tmp_path / "none", [0, 0]) is None
-    assert "no space left in" in str(reason(tmp_path, [1, 1, 73]))    # it had no room to say so
+    assert "process 2 of 3 was killed" in str(collect_error(tmp_path, [1, 1, -9])) and collect_error(tmp_path / "none", [0, 0]) is None
+    assert "no space left in" in str(collect_error(tmp_path, [1, 1, 73]))    # it had no room to say so
 
 
 def test_torchrun_and_one_message(tmp_path):
@@ -243,7 +250,7 @@ def test_ctrl_c_on_the_command_line(tmp_path, monkeypatch, capsys):
         while not (tmp_path / "run/checkpoint.pt").exists() and time.time() < end: time.sleep(.01)
         os.kill(os.getpid(), signal.SIGINT)
     threading.Thread(target=press, daemon=True).start()
-    code = cli.main(["train", "--data", "digits", "--per-class", "1", "--steps", "5000", "--batch", "4", "--prompts", "1", "--checkpoint-every", "3", "--device", "cpu", "--processes", "2", "--out", "run"])
+    code = cli_main.main(["train", "--data", "digits", "--per-class", "1", "--steps", "5000", "--batch", "4", "--prompts", "1", "--checkpoint-every", "3", "--device", "cpu", "--processes", "2", "--out", "run"])
     err = capsys.readouterr().err
     assert code == 130 and re.fullmatch(r"finessl: stopped after step \d+ of 5000, checkpoint written; go on with: finessl train .* --processes 2 .* --resume\n", err), (code, err)
 
@@ -253,12 +260,12 @@ def test_ctrl_c_on_the_command_line(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize("processes, changes, says", [(0, {}, "processes must be >= 1"), (2, dict(batch=3, accumulate=2), "batch must be >= processes x accumulate"), (2, dict(device="mps"), "serves one process"),
                                                       (2, dict(accumulate=0), "accumulate must be a whole number >= 1"), (2, dict(device="cuda:0"), "is one GPU")])
 def test_what_cannot_be_is_refused_before_anything_starts(processes, changes, says):
-    with pytest.raises(ValueError, match=says): fit_on(processes, few(), load_backbone("pocket"), FineSSL(), **dict(batch=4) | changes)
+    with pytest.raises(ValueError, match=says): fit_distributed(processes, few(), load_backbone("pocket"), FineSSL(), **dict(batch=4) | changes)
 
 
 @pytest.mark.skipif(torch.cuda.device_count() > 1, reason="several GPUs are here")
 def test_a_gpu_each():
-    with pytest.raises(ValueError, match="2 processes need 2 GPUs"): fit_on(2, few(), load_backbone("pocket"), FineSSL(), device="cuda")
+    with pytest.raises(ValueError, match="2 processes need 2 GPUs"): fit_distributed(2, few(), load_backbone("pocket"), FineSSL(), device="cuda")
 
 
 def test_scaling_record(tmp_path):

@@ -6,15 +6,33 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from finessl import gpu, training, views
+from finessl.engine import batches
+from finessl.engine import named
+from finessl.engine import precision
+from finessl.engine import prefetch
+from finessl.engine import processes
+from finessl import gpu
+from finessl import peft
+from finessl import training
 from finessl.algorithms import FineSSL
 from finessl.backbone import load_backbone
-from finessl.checks import PretendedDevice, check_waits_for_nothing
-from finessl.cli import main
-from finessl.data import DataError, ImageFiles, check_dataset, digits
-from finessl.gpu import CHAIN, VARIANTS, Bench, Trainer, compilations, image_lists, step_flops, steps_there
-from finessl.training import FixMatch, Guard, LabelledOnly, Meter, Schedule, ahead, fit, on_device, step_images
-from finessl.views import OPERATIONS, natural_views, rand_augment
+from finessl.checks.gpu import PretendedDevice, check_waits_for_nothing
+from finessl.cli.main import main
+from finessl.engine.errors import DataError
+from finessl.engine.images import ImageFiles
+from finessl.data import check_dataset, digits
+from finessl.gpu import ABLATION_ORDER, VARIANTS
+from finessl.bench.runner import BenchConfig, BenchmarkRunner, steps_there
+from finessl.bench.measure import compilations, step_flops
+from finessl.engine.folders import image_lists
+from finessl.pseudo_labels import FixMatch, SupervisedOnly
+from finessl.engine.metrics import NonFiniteGuard, MetricAccumulator
+from finessl.engine.schedule import Schedule
+from finessl.engine.prefetch import prefetch, make_fetcher
+from finessl.training import fit
+from finessl.engine.batches import make_batch
+from finessl.engine.operations import OPERATIONS, rand_augment
+from finessl.views import natural_views
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 tiny = "timm:vit_tiny_patch16_224"
@@ -27,7 +45,7 @@ def encoder():
 
 
 def small(device="cpu", **kwargs):
-    return Bench(encoder(), torch.device(device), 2, "float32", **dict(n_prompts=4, pool=64, n_classes=5, schedule=Schedule(30)) | kwargs)
+    return BenchConfig(encoder(), torch.device(device), 2, "float32", **dict(n_prompts=4, pool=64, n_classes=5, schedule=Schedule(30)) | kwargs)
 
 
 def folder_of_lists(folder, labelled, unlabelled=(), test=()):
@@ -44,13 +62,13 @@ def folder_of_lists(folder, labelled, unlabelled=(), test=()):
 @pytest.mark.parametrize("name, file", [("cifar10", "cifar-10-python.tar.gz"), ("cifar100", "cifar-100-python.tar.gz"), ("food101", "food-101.tar.gz")])
 def test_offline_says_which_file_to_bring(name, file, tmp_path):
     with pytest.raises(DataError, match=f"{name} is not in .*; bring {file} .* from http.* and put it into"):
-        gpu.torchvision_dataset(name, 1, folder=tmp_path, ask=lambda url: "no answer")
+        named.torchvision_dataset(name, 1, folder=tmp_path, ask=lambda url: "no answer")
     (tmp_path / file).write_bytes(b"half an archive")
-    with pytest.raises(DataError, match=f"{file} is damaged .*; bring {file}"): gpu.torchvision_dataset(name, 1, folder=tmp_path, ask=lambda url: "no answer")
+    with pytest.raises(DataError, match=f"{file} is damaged .*; bring {file}"): named.torchvision_dataset(name, 1, folder=tmp_path, ask=lambda url: "no answer")
 
 
 def test_unknown_data_are_refused():
-    with pytest.raises(DataError, match="no data set is called"): gpu.torchvision_dataset("mnist", 1)
+    with pytest.raises(DataError, match="no data set is called"): named.torchvision_dataset("mnist", 1)
 
 
 def test_a_server_that_is_not_there_is_known_within_5_seconds():
@@ -61,14 +79,14 @@ def test_a_server_that_is_not_there_is_known_within_5_seconds():
 
 def test_named_data_become_a_dataset(monkeypatch, tmp_path):
     part = SimpleNamespace(data=np.arange(12 * 32 * 32 * 3, dtype="uint32").astype("uint8").reshape(12, 32, 32, 3), targets=[0, 1, 2] * 4, classes=["a", "b", "c"])
-    monkeypatch.setattr(gpu, "torchvision_parts", lambda name, folder, ask: (part, part))
-    ds = check_dataset(gpu.torchvision_dataset("cifar10", 2, 0, tmp_path))
+    monkeypatch.setattr(named, "torchvision_parts", lambda name, folder, ask: (part, part))
+    ds = check_dataset(named.torchvision_dataset("cifar10", 2, 0, tmp_path))
     assert ds.x_ulb.shape == (12, 3, 32, 32) and ds.y_lb.tolist() == [0, 0, 1, 1, 2, 2] and ds.split.source == "cifar10"
     assert ds.x_ulb[3, 1, 2, 5] == part.data[3, 2, 5, 1] and torch.equal(ds.x_lb, ds.x_ulb[ds.split.idx_lb])
-    assert gpu.torchvision_dataset("cifar10", 2, 1, tmp_path).split.hash != ds.split.hash
+    assert named.torchvision_dataset("cifar10", 2, 1, tmp_path).split.hash != ds.split.hash
     folder_of_lists(tmp_path, ["cat/a 0.jpg\tcat"])
     part = SimpleNamespace(_image_files=sorted(tmp_path.rglob("*.jpg")), _labels=[0] * 5 + [1] * 5, classes=["cat", "dog"])
-    ds = check_dataset(gpu.torchvision_dataset("food101", 2, 0, tmp_path))
+    ds = check_dataset(named.torchvision_dataset("food101", 2, 0, tmp_path))
     assert isinstance(ds.x_ulb, ImageFiles) and len(ds.x_lb) == 4 and ds.x_lb[0].shape == (3, 256, 256)
 
 
@@ -99,9 +117,9 @@ def test_numbers_are_sorted_as_numbers(tmp_path):
 def test_images_made_ahead_are_the_same_and_in_order(tmp_path):
     folder_of_lists(tmp_path, [f"{c}/a {i}.jpg\t{c}" for c in ("cat", "dog") for i in range(5)])
     ds, views, algorithm = image_lists(tmp_path, image_size=40), natural_views(32), FineSSL()
-    lb, ulb = on_device(ds.x_lb, "cpu"), on_device(ds.x_ulb, "cpu")
-    make = lambda t: step_images(ds, views, algorithm, lb, ulb, 0, t, 3, 1, Schedule(30))
-    for plain, early in zip(ahead(make, range(6), 0), ahead(make, range(6), 3)):
+    lb, ulb = make_fetcher(ds.x_lb, "cpu"), make_fetcher(ds.x_ulb, "cpu")
+    make = lambda t: make_batch(ds, views, algorithm, lb, ulb, 0, t, 3, 1, Schedule(30))
+    for plain, early in zip(prefetch(make, range(6), 0), prefetch(make, range(6), 3)):
         assert plain.keys() == early.keys() and all(torch.equal(v, early[k]) for k, v in plain.items())
 
 
@@ -111,23 +129,23 @@ def test_an_error_in_a_worker_reaches_the_loop(tmp_path):
         return t
     seen = []
     with pytest.raises(DataError, match="image 3"):
-        for t in ahead(make, range(9), 2): seen.append(t)
+        for t in prefetch(make, range(9), 2): seen.append(t)
     assert seen == [0, 1, 2]
-    with pytest.raises(ValueError, match="depth must be >= 0"): list(ahead(make, range(2), -1))
+    with pytest.raises(ValueError, match="depth must be >= 0"): list(prefetch(make, range(2), -1))
 
 
 def test_leaving_early_ends_the_workers():
     made = []
-    images = ahead(lambda t: made.append(t) or t, range(1000), 2)
+    images = prefetch(lambda t: made.append(t) or t, range(1000), 2)
     next(images); images.close()
     assert len(made) <= 4
 
 
 # The step
 
-@pytest.mark.parametrize("name", CHAIN)
+@pytest.mark.parametrize("name", ABLATION_ORDER)
 def test_every_variant_gives_the_same_losses(name):
-    def losses(v): return [float(t.step(t.images(i), i)) for t in [Trainer(v, small())] for i in range(2)]
+    def losses(v): return [float(t.step(t.images(i), i)) for t in [BenchmarkRunner(v, small())] for i in range(2)]
     pillow = VARIANTS[name].views == "pillow"                  # rounds otherwise: a grey level here and there
     assert losses(VARIANTS[name]) == pytest.approx(losses(VARIANTS["batch-views" if not pillow else "pace-on-device"]), rel=1e-5)
     assert losses(VARIANTS[name]) == pytest.approx(losses(VARIANTS["finessl"]), rel=1e-2 if pillow else 1e-5)
@@ -135,7 +153,7 @@ def test_every_variant_gives_the_same_losses(name):
 
 def test_a_form_of_attention_is_one_encoders_alone():
     "Written and fused attention agree, and choosing one for a variant leaves the shared encoder as it is."
-    twins, x = {form: gpu.attending(encoder(), form) for form in gpu.FORMS}, torch.randn(2, 3, 48, 48)
+    twins, x = {form: gpu.with_attention(encoder(), form) for form in gpu.FORMS}, torch.randn(2, 3, 48, 48)
     for twin in twins.values():
         assert (twin(x) - encoder()(x)).abs().max() < 1e-4 and all(a is b for a, b in zip(twin.parameters(), encoder().parameters()))
     assert all(block.attention is gpu.attention for block in encoder().blocks) and twins["written"].blocks[0].attention is gpu.written_attention
@@ -170,13 +188,13 @@ def watched_fit(monkeypatch, device, *args, **kwargs):
             calls[name] = calls.get(name, 0) + 1
             with device.strictly(False): return f(*a, **k)
         monkeypatch.setattr(owner, name, waiting)
-    for owner, name in ((training, "evaluate"), (training, "postfix"), (training, "save_checkpoint"), (training, "finish"), (Guard, "check"), (Meter, "read")): may_wait(owner, name)
-    monkeypatch.setattr(training, "ahead", lambda make, steps, depth=0, device=None: (make(t) for t in steps)) # the pretence is one thread's
-    images = training.step_images
+    for owner, name in ((training, "evaluate"), (training, "postfix"), (training, "save_checkpoint"), (training, "finish"), (NonFiniteGuard, "check"), (MetricAccumulator, "read")): may_wait(owner, name)
+    monkeypatch.setattr(training, "prefetch", lambda make, steps, depth=0, device=None: (make(t) for t in steps)) # the pretence is one thread's
+    images = batches.make_batch
     def from_here_on(*a, **k):
         device.strict = True
         return images(*a, **k)
-    monkeypatch.setattr(training, "step_images", from_here_on)
+    monkeypatch.setattr(training, "make_batch", from_here_on)
     train = training.train
     def until_here(*a, **k):
         try: return train(*a, **k)
@@ -185,9 +203,9 @@ def watched_fit(monkeypatch, device, *args, **kwargs):
     with device: return fit(*args, device="meta", compile=False, depth=0, progress=False, **kwargs)
 
 
-@pytest.mark.parametrize("algorithm", [FineSSL(), FineSSL(form="paper"), FixMatch(), LabelledOnly()], ids=["FineSSL", "paper", "FixMatch", "labelled-only"])
+@pytest.mark.parametrize("algorithm", [FineSSL(), FineSSL(form="paper"), FixMatch(), SupervisedOnly()], ids=["FineSSL", "paper", "FixMatch", "labelled-only"])
 def test_the_loop_waits_for_evaluations_alone(monkeypatch, tmp_path, algorithm):
-    settings = dict(schedule=Schedule(6, clear_every=4), batch=4, evals=2, checkpoint_every=2)
+    settings = dict(schedule=Schedule(6, reset_pace_every=4), batch=4, evals=2, checkpoint_every=2)
     here = fit(digits(2, 0), "pocket", algorithm, device="cpu", compile=False, progress=False, **settings)
     run = watched_fit(monkeypatch, PretendedDevice(), digits(2, 0), "pocket", algorithm, out=tmp_path / "run", **settings)
     assert calls == {"evaluate": 2, "read": 2, "save_checkpoint": 2, "check": 4, "finish": 1}, "something waits more often than it has to"
@@ -223,7 +241,7 @@ def test_operations_fall_along_the_chain():
 
 
 def test_nothing_is_compiled_after_the_first_step():
-    trainer = Trainer(VARIANTS["finessl"], small())
+    trainer = BenchmarkRunner(VARIANTS["finessl"], small())
     f = torch.compile(trainer.model.features, backend="eager", dynamic=False, fullgraph=True)
     trainer.logits = gpu.partial(gpu.forward, features=f)
     assert compilations(lambda t: trainer.step(trainer.images(t), t), 4) == [2, 0, 0, 0]
@@ -245,18 +263,18 @@ def test_pieces_add_up_in_memory_of_their_own(monkeypatch):
         real(*args, **kwargs)
     monkeypatch.setattr(torch.autograd, "backward", backward)
     for pieces in (1, 2):
-        trainer = Trainer(VARIANTS["finessl"], small())
+        trainer = BenchmarkRunner(VARIANTS["finessl"], small())
         trainer.accumulate = pieces
         trainer.step(trainer.images(0), 0)
     assert owned[-2:] == [True, True] and True not in owned[:-2]
 
 
 def test_bf16_is_the_default_where_the_hardware_has_it(monkeypatch):
-    assert training.default_precision("cpu") == training.default_precision("mps") == "float32"
+    assert precision.default_precision("cpu") == precision.default_precision("mps") == "float32"
     for there in (True, False):
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **kwargs: there)
-        assert training.default_precision("cuda:0") == ("bf16" if there else "float32")
-    assert fit(digits(2, 0), "pocket", LabelledOnly(), schedule=Schedule(1), batch=4, evals=1, progress=False).record["precision"] == "float32"
+        assert precision.default_precision("cuda:0") == ("bf16" if there else "float32")
+    assert fit(digits(2, 0), "pocket", SupervisedOnly(), schedule=Schedule(1), batch=4, evals=1, progress=False).record["precision"] == "float32"
 
 
 def test_a_resume_keeps_its_precision_on_another_device(monkeypatch, tmp_path):
@@ -267,19 +285,19 @@ def test_a_resume_keeps_its_precision_on_another_device(monkeypatch, tmp_path):
         if args[7] == 3: raise KeyboardInterrupt
         return step(*args, **kwargs)
     monkeypatch.setattr(training, "train_step", broken)
-    with pytest.raises(KeyboardInterrupt): fit(digits(2, 0), "pocket", LabelledOnly(), **settings)
+    with pytest.raises(KeyboardInterrupt): fit(digits(2, 0), "pocket", SupervisedOnly(), **settings)
     monkeypatch.setattr(training, "train_step", step)
     monkeypatch.setattr(training, "default_precision", lambda device: "bf16")
-    record = fit(digits(2, 0), "pocket", LabelledOnly(), resume=True, **settings).record
+    record = fit(digits(2, 0), "pocket", SupervisedOnly(), resume=True, **settings).record
     assert record["precision"] == "float32" and record["resumes"][0]["step"] == 2
-    assert fit(digits(2, 0), "pocket", LabelledOnly(), resume=True, **settings | {"out": tmp_path / "new"}).record["precision"] == "bf16"
+    assert fit(digits(2, 0), "pocket", SupervisedOnly(), resume=True, **settings | {"out": tmp_path / "new"}).record["precision"] == "bf16"
 
 
 def test_a_device_may_be_named_by_the_environment(monkeypatch):
     monkeypatch.setenv("FINESSL_DEVICE", "cuda:7")
-    assert training.default_device() == "cuda:7" and training.Place(join=False).device == torch.device("cuda:7")
+    assert precision.default_device() == "cuda:7" and processes.ProcessInfo(join=False).device == torch.device("cuda:7")
     monkeypatch.setenv("FINESSL_DEVICE", "")
-    assert training.default_device() in ("cpu", "cuda", "mps")
+    assert precision.default_device() in ("cpu", "cuda", "mps")
 
 
 # The benchmark
@@ -318,38 +336,38 @@ def test_train_with_a_preset(tmp_path, capsys):
 
 
 def test_the_encoder_is_compiled_where_its_compiler_is(monkeypatch):
-    monkeypatch.setattr(training.importlib.util, "find_spec", lambda name: True)
+    monkeypatch.setattr(precision.importlib.util, "find_spec", lambda name: True)
     for major, wanted in ((6, False), (7, True), (9, True)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (major, 0))
-        assert training.compiles("cuda") is wanted
-    monkeypatch.setattr(training.importlib.util, "find_spec", lambda name: None)
-    assert not training.compiles("cuda") and not training.compiles("cpu") and not training.compiles("mps")
+        assert precision.supports_compile("cuda") is wanted
+    monkeypatch.setattr(precision.importlib.util, "find_spec", lambda name: None)
+    assert not precision.supports_compile("cuda") and not precision.supports_compile("cpu") and not precision.supports_compile("mps")
 
 
 def test_threads_that_make_images_start_on_the_gpu_they_serve(monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
-    assert [training.gpu_of(d) for d in ("cpu", "mps", "cuda", "cuda:3")] == [None, None, 1, 3]
-    assert training.on_gpu("cpu") == () and training.on_gpu("cuda") == (torch.cuda.set_device, (1,))
+    assert [prefetch.cuda_index(d) for d in ("cpu", "mps", "cuda", "cuda:3")] == [None, None, 1, 3]
+    assert prefetch.thread_initializer("cpu") == () and prefetch.thread_initializer("cuda") == (torch.cuda.set_device, (1,))
     started, given = [], []
     monkeypatch.setattr(torch.cuda, "set_device", started.append)
-    monkeypatch.setattr(training, "side_stream", lambda device: None)
-    monkeypatch.setattr(training, "arrived", lambda device, images, event: given.append(device) or images)
-    assert list(ahead(lambda t: t, range(5), 2, "cuda:3")) == [0, 1, 2, 3, 4] and given == 5 * ["cuda:3"]
+    monkeypatch.setattr(prefetch, "prefetch_stream", lambda device: None)
+    monkeypatch.setattr(prefetch, "wait_event", lambda device, images, event: given.append(device) or images)
+    assert list(prefetch(lambda t: t, range(5), 2, "cuda:3")) == [0, 1, 2, 3, 4] and given == 5 * ["cuda:3"]
     assert 1 <= len(started) <= 2 and set(started) == {3}
 
 
 def test_a_process_that_fails_on_gpus_does_not_wait_for_those_that_go_on(monkeypatch):
-    monkeypatch.setattr(training.dist.distributed_c10d, "_get_default_store", torch.distributed.HashStore)
-    for device, wanted in (("cuda", [training.dist.destroy_process_group]), ("cpu", [])):
+    monkeypatch.setattr(processes.dist.distributed_c10d, "_get_default_store", torch.distributed.HashStore)
+    for device, wanted in (("cuda", [processes.dist.destroy_process_group]), ("cpu", [])):
         left = []
-        monkeypatch.setattr(training.atexit, "unregister", left.append)
-        with pytest.raises(OSError, match="no power"), training.one_fate(SimpleNamespace(size=2, rank=0, device=torch.device(device))): raise OSError("no power")
+        monkeypatch.setattr(processes.atexit, "unregister", left.append)
+        with pytest.raises(OSError, match="no power"), processes.fail_together(SimpleNamespace(size=2, rank=0, device=torch.device(device))): raise OSError("no power")
         assert left == wanted
 
 
 def test_train_can_leave_the_encoder_uncompiled(tmp_path, monkeypatch):
     given = []
-    monkeypatch.setattr("finessl.devices.fit_on", lambda *args, **kwargs: given.append(kwargs["compile"]) or exit(0))
+    monkeypatch.setattr("finessl.devices.fit_distributed", lambda *args, **kwargs: given.append(kwargs["compile"]) or exit(0))
     for more in ([], ["--no-compile"]):
         with contextlib.suppress(SystemExit): main(["train", "--data", "digits", "--per-class", "1", "--out", str(tmp_path / "run"), *more])
     assert given == [None, False]
@@ -359,7 +377,7 @@ def test_train_can_leave_the_encoder_uncompiled(tmp_path, monkeypatch):
 
 @needs_gpu
 def test_a_step_on_a_gpu_waits_for_nothing():
-    trainer = Trainer(VARIANTS["finessl-eager"], small("cuda"))
+    trainer = BenchmarkRunner(VARIANTS["finessl-eager"], small("cuda"))
     for t in range(3): trainer.step(trainer.images(t), t)
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -376,7 +394,7 @@ def test_images_made_ahead_on_a_gpu_are_the_same():
 
 @needs_gpu
 def test_compiled_and_graphed_steps_give_the_same_losses():
-    def losses(name): return [float(t.step(t.images(i), i)) for t in [Trainer(VARIANTS[name], small("cuda"))] for i in range(4)]
+    def losses(name): return [float(t.step(t.images(i), i)) for t in [BenchmarkRunner(VARIANTS[name], small("cuda"))] for i in range(4)]
     plain = losses("finessl-eager")
     assert losses("finessl") == pytest.approx(plain, rel=1e-2) and losses("finessl-graphs") == pytest.approx(plain, rel=1e-2)
 
@@ -386,7 +404,7 @@ def test_files_reach_a_gpu_through_pinned_memory(tmp_path):
     lists = image_lists(folder_of_lists(tmp_path, [f"{c}/a {i}.jpg\t{c}" for c in ("cat", "dog") for i in range(5)]), image_size=32)
     for x in (lists.x_lb, lists.x_ulb):
         idx = torch.tensor([3, 0, 0, 9])
-        assert torch.equal(on_device(x, torch.device("cuda"))(idx).cpu(), x[idx])
+        assert torch.equal(make_fetcher(x, torch.device("cuda"))(idx).cpu(), x[idx])
 
 
 @needs_gpu
@@ -404,4 +422,4 @@ def test_a_run_goes_on_on_a_gpu(tmp_path, how):
     with pytest.raises(OSError): go(PowerCut(), out=tmp_path / "run", checkpoint_every=6)
     resumed = go(FixMatch(), out=tmp_path / "run", checkpoint_every=6, resume=True)
     assert resumed.record["resumes"] and [e["step"] for e in resumed.record["evaluations"]] == [6, 12]
-    for name, v in training.trained_state(whole.model).items(): torch.testing.assert_close(training.trained_state(resumed.model)[name], v, rtol=1e-3, atol=1e-5)
+    for name, v in peft.trainable_state_dict(whole.model).items(): torch.testing.assert_close(peft.trainable_state_dict(resumed.model)[name], v, rtol=1e-3, atol=1e-5)

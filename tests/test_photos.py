@@ -3,19 +3,19 @@ import json
 import numpy as np
 import torch
 from PIL import Image
-from finessl import photos
+from finessl.studies import photos
 from finessl.backbone import tiny_encoder
-from finessl.training import Schedule
+from finessl.engine.schedule import Schedule
 
 
 def folder(root, classes=3, train=5, test=4):
     "Small noisy pictures, each class with its own colour."
-    draw = np.random.RandomState(0)
+    sample_params = np.random.RandomState(0)
     for part, n in (("train", train), ("test", test)):
         for k in range(classes):
             (root / part / f"class{k}").mkdir(parents=True)
             for i in range(n):
-                x = draw.randint(0, 80, (32, 32, 3)); x[..., k] += 150
+                x = sample_params.randint(0, 80, (32, 32, 3)); x[..., k] += 150
                 Image.fromarray(x.astype("uint8")).save(root / part / f"class{k}" / f"{i}.png")
     return root
 
@@ -31,8 +31,8 @@ def test_every_kind_of_run_gives_a_record_that_json_can_write(tmp_path, monkeypa
     for name in ("SCHEDULE", "LONGER"): monkeypatch.setattr(photos, name, Schedule(3))
     monkeypatch.setattr(photos, "PROMPTS", 2)
     dataset, encoder = photos.photo_split(folder(tmp_path), 1, seed=0, pool=4, test=3), tiny_encoder("timm")
-    jobs = {(j["row"], j["start"]): j for j in photos.jobs_of((0,), ()) if j["n_per_class"] == (1 if j["row"] in ("encoder", *photos.methods(1)) else 4)}
-    assert len(jobs) == 1 + 3 * 2 + len(photos.SUSPECTS) + 3   # with both starts, and longer
+    jobs = {(j["row"], j["start"]): j for j in photos.plan_runs((0,), ()) if j["n_per_class"] == (1 if j["row"] in ("encoder", *photos.methods(1)) else 4)}
+    assert len(jobs) == 1 + 3 * 2 + len(photos.ABLATIONS) + 3   # with both starts, and longer
     for (row, start), job in jobs.items():
         record = json.loads(json.dumps(photos.run_photo(job, dataset, encoder)))
         assert (record["row"], record["start"]) == (row, start)
@@ -44,12 +44,12 @@ def test_every_kind_of_run_gives_a_record_that_json_can_write(tmp_path, monkeypa
 
 
 def test_the_runs_of_the_papers_length_differ_in_what_they_say_alone(tmp_path, monkeypatch):
-    assert photos.whole_jobs()[0]["schedule"] == Schedule(15_000, lr=.03, decay="epoch", clear_every=500)
-    assert len({(j["row"], j["start"], j["n_per_class"], j["seed"]) for j in photos.whole_jobs()}) == len(photos.whole_jobs()) == 27
+    assert photos.plan_full_runs()[0]["schedule"] == Schedule(15_000, lr=.03, decay="epoch", reset_pace_every=500)
+    assert len({(j["row"], j["start"], j["n_per_class"], j["seed"]) for j in photos.plan_full_runs()}) == len(photos.plan_full_runs()) == 27
     for name, steps in (("paper", 4), ("LONGER", 2)): monkeypatch.setattr(photos, name, Schedule(steps))
     monkeypatch.setattr(photos, "PROMPTS", 2)
     dataset, encoder = photos.photo_split(folder(tmp_path), 1, seed=0, pool=4, test=3), tiny_encoder("timm")
-    made = [json.loads(json.dumps(photos.run_photo(job, dataset, encoder))) for job in photos.whole_jobs((0,), 1)]
+    made = [json.loads(json.dumps(photos.run_photo(job, dataset, encoder))) for job in photos.plan_full_runs((0,), 1)]
     assert all(r["study"] == "whole" and "--whole" in r["command"] and "pool" not in r for r in made)
     runs = {(r["row"], r["start"]): r for r in made if r["row"] != "encoder"}
     assert len(runs) == 8 and {len(r["evaluations"]) for r in runs.values()} == {1, 2}
@@ -60,7 +60,7 @@ def test_the_runs_of_the_papers_length_differ_in_what_they_say_alone(tmp_path, m
 
 
 def test_gamma_rises_to_its_value():
-    rising = photos.Rising(rise=2)
+    rising = photos.GammaWarmup(rise=2)
     z, a = torch.randn(4, 3, generator=torch.Generator().manual_seed(0)), torch.randn(4, 3, generator=torch.Generator().manual_seed(1))
     step = photos_step(z, a)
     state = rising.init(10, 3)
@@ -72,5 +72,5 @@ def test_gamma_rises_to_its_value():
 
 def photos_step(z, a):
     "A step of four labelled and four unlabelled images."
-    from finessl.training import Step
-    return Step(z, torch.tensor([0, 1, 2, 0]), z, torch.cat([z, z]), a, a, torch.cat([a, a]), torch.arange(4))
+    from finessl.pseudo_labels import BatchLogits
+    return BatchLogits(z, torch.tensor([0, 1, 2, 0]), z, torch.cat([z, z]), a, a, torch.cat([a, a]), torch.arange(4))

@@ -4,13 +4,23 @@ from pathlib import Path
 import pytest
 import torch
 from torchvision import datasets
-from finessl import backbone, cli, gpu, views
+from finessl import backbone
+from finessl.cli import bench as cli_bench
+from finessl.cli.main import main as cli_main
+from finessl.cli import options as cli_options
+from finessl.engine import encoders
+from finessl.engine import hub
+from finessl.engine import named
+from finessl.studies import paper_runs
+from finessl import views
 from finessl.algorithms import FineSSL
-from finessl.data import DataError
-from finessl.gpu import from_preset
-from finessl.files import ARCHIVES, PATCH, USUAL, WEIGHTS, MissingError, missing_data, missing_weights, require
-from finessl.presets import CHOICES, presets
-from finessl.training import Schedule, labelled_indices, paper
+from finessl.engine.errors import DataError
+from finessl.studies.paper_runs import from_preset
+from finessl.engine.downloads import ARCHIVES, PATCH, DEFAULT_FILENAMES, WEIGHTS, missing_data, missing_weights, require_files
+from finessl.engine.errors import MissingError
+from finessl.studies.presets import CHOICES, presets
+from finessl.engine.schedule import Schedule, PAPER_SCHEDULE
+from finessl.engine.batches import labelled_indices
 
 root = Path(__file__).resolve().parent.parent
 clip = "open_clip:ViT-B-16-quickgelu/openai"
@@ -24,7 +34,7 @@ def nobody(url): return "no network"
 def test_presets_hold_the_papers_constants():
     assert len(presets) == 13 and gpu.presets is presets and json.loads(json.dumps(presets)) == presets
     for name, p in presets.items():
-        assert Schedule(**p["fit"]["schedule"]) == paper == Schedule(15_000, .03, "epoch", 500)
+        assert Schedule(**p["fit"]["schedule"]) == PAPER_SCHEDULE == Schedule(15_000, .03, "epoch", 500)
         assert p["algorithm"] == {"zeta": .7, "alpha": 8., "lam": .5, "gamma": 1. if name in ("cifar10-n1", "semi-aves-ood") else 3.}
         assert p["fit"]["batch"] == {"cifar10-n1": 8, "cifar10-n2": 16}.get(name, 32) and p["fit"]["n_prompts"] == 50
         assert p["normalisation"] == (p["data"]["name"] if name.startswith("cifar") else "imagenet") and p["normalisation"] in views.NORMALISATION
@@ -41,34 +51,34 @@ def test_archives_are_torchvisions(name):
 
 
 def test_the_table_of_encoders_says_what_their_libraries_say():
-    known = [name for name in backbone.hub_names() if name in WEIGHTS]
+    known = [name for name in hub.hub_names() if name in WEIGHTS]
     assert len(known) > .9 * len(WEIGHTS) > 300
     for name in known:
-        source = backbone._source(name)
+        source = encoders.encoder_spec(name)
         assert (WEIGHTS[name].repo, WEIGHTS[name].files) == (source.repo, source.files) and not source.objection, name
 
 
 @pytest.mark.parametrize("name", [clip, "timm:vit_tiny_patch16_224", "timm:vit_small_patch14_dinov2.lvd142m", "timm:vit_tiny_r_s16_p8_224", "timm:deit_tiny_distilled_patch16_224", "open_clip:ViT-B-32/laion2b_s34b_b79k"])
 def test_a_row_of_the_table_is_the_encoders(name):
     w = WEIGHTS[name]
-    assert backbone.hub_row(name) == [w.repo, w.mb, w.patch, *(w.files if w.files != USUAL[name.partition(":")[0]] else ())]
+    assert hub.hub_row(name) == [w.repo, w.mb, w.patch, *(w.files if w.files != DEFAULT_FILENAMES[name.partition(":")[0]] else ())]
 
 
 def test_what_is_not_served_is_not_in_the_table():
-    for name in ("timm:vit_base_patch16_siglip_224", "open_clip:RN50/openai", "open_clip:ViT-B-16/openai"): assert name not in WEIGHTS and backbone.hub_row(name) is None
-    with torch.device("meta"): assert backbone.Encoder(backbone._source("pocket").build(), "pocket").patch_size == PATCH["pocket"]
+    for name in ("timm:vit_base_patch16_siglip_224", "open_clip:RN50/openai", "open_clip:ViT-B-16/openai"): assert name not in WEIGHTS and hub.hub_row(name) is None
+    with torch.device("meta"): assert backbone.Encoder(encoders.encoder_spec("pocket").build(), "pocket").patch_size == PATCH["pocket"]
 
 
 def test_choices_are_those_of_the_algorithm_and_of_fit():
     for form in CHOICES["form"]: FineSSL(form=form)
     with pytest.raises(ValueError): FineSSL(form="zz")
-    for labelled in CHOICES["labelled"]: labelled_indices(0, 0, 4, 2, paper, labelled)
-    with pytest.raises(ValueError, match="labelled must be"): labelled_indices(0, 0, 4, 2, paper, "zz")
-    parser = cli.make_parser()
+    for labelled in CHOICES["labelled"]: labelled_indices(0, 0, 4, 2, PAPER_SCHEDULE, labelled)
+    with pytest.raises(ValueError, match="labelled must be"): labelled_indices(0, 0, 4, 2, PAPER_SCHEDULE, "zz")
+    parser = cli_main.make_parser()
     for key, values in CHOICES.items():
         for v in values: parser.parse_args(["train", "--out", "r", f"--{key}", v])
-        assert cli.main(["train", "--preset", "cifar10-n4", "--out", "r", f"--{key}", "zz"]) == 2
-    assert cli.VARIANTS == tuple(gpu.VARIANTS)
+        assert cli_main.main(["train", "--preset", "cifar10-n4", "--out", "r", f"--{key}", "zz"]) == 2
+    assert cli_bench.VARIANTS == tuple(gpu.VARIANTS)
 
 
 # ---------------------------------------------------------------- refused before anything is read
@@ -83,13 +93,13 @@ def test_choices_are_those_of_the_algorithm_and_of_fit():
     (dict(image_size="224"), "the image size must be a multiple of 16 pixels .* got '224'"),
 ])
 def test_from_preset_refuses_what_cannot_be_meant(monkeypatch, wrong, says):
-    monkeypatch.setattr(gpu, "require", lambda *a, **k: pytest.fail("looked for files"))
-    monkeypatch.setattr(gpu, "dataset_of", lambda *a, **k: pytest.fail("read images"))
+    monkeypatch.setattr(paper_runs, "require_files", lambda *a, **k: pytest.fail("looked for files"))
+    monkeypatch.setattr(paper_runs, "load_named_data", lambda *a, **k: pytest.fail("read images"))
     with pytest.raises(ValueError, match=says): from_preset(**{"name": "cifar10-n4"} | wrong)
 
 
 def test_from_preset_says_all_that_is_missing(monkeypatch, tmp_path):
-    monkeypatch.setattr(gpu, "require", functools.partial(require, ask=nobody, cache=tmp_path / "hub"))
+    monkeypatch.setattr(paper_runs, "require_files", functools.partial(require_files, ask=nobody, cache=tmp_path / "hub"))
     with pytest.raises(MissingError, match="2 files are missing: .*bring cifar-10-python.tar.gz .*bring open_clip_model.safetensors"): from_preset("cifar10-n4", tmp_path)
     with pytest.raises(MissingError, match="^cifar10 is not in"): from_preset("cifar10-n4", tmp_path, checkpoint=False)
 
@@ -131,21 +141,21 @@ def test_weights_in_the_hubs_cache_are_there(tmp_path):
     (repo / "snapshots" / ("0" * 40) / w.files[1]).touch() # any of its files will do
     assert missing_weights(clip, cache) is None
     lay(tmp_path, "cifar100")
-    require("cifar100", tmp_path, clip, ask=nobody, cache=cache) # everything is there: nobody is asked
+    require_files("cifar100", tmp_path, clip, ask=nobody, cache=cache) # everything is there: nobody is asked
 
 
 def test_who_answers_lets_the_run_go_on(tmp_path):
-    asked, cache = [], tmp_path / "hub"
+    requested, cache = [], tmp_path / "hub"
     def first_is_gone(url):
-        asked.append(url)
+        requested.append(url)
         return "answer 404" if url.endswith("open_clip_model.safetensors") else ""
-    require("cifar100", tmp_path, clip, ask=first_is_gone, cache=cache)
-    assert len(asked) == 3 and asked.count(ARCHIVES["cifar100"].url) == 1
-    require("photos", tmp_path, "timm:some_other_vit", ask=nobody, cache=cache) # left to whoever loads them
-    require(None, None, clip, "clip.safetensors", ask=nobody, cache=cache)
-    with pytest.raises(MissingError, match="answer 404"): require(None, None, clip, ask=lambda url: "answer 404", cache=cache)
+    require_files("cifar100", tmp_path, clip, ask=first_is_gone, cache=cache)
+    assert len(requested) == 3 and requested.count(ARCHIVES["cifar100"].url) == 1
+    require_files("photos", tmp_path, "timm:some_other_vit", ask=nobody, cache=cache) # left to whoever loads them
+    require_files(None, None, clip, "clip.safetensors", ask=nobody, cache=cache)
+    with pytest.raises(MissingError, match="answer 404"): require_files(None, None, clip, ask=lambda url: "answer 404", cache=cache)
     with pytest.raises(MissingError, match=r"^the pretrained weights .*answer 403.*--checkpoint FILE \(in Python checkpoint=FILE\)$"):
-        require("cifar100", tmp_path, clip, ask=lambda url: "" if "toronto" in url else "answer 403", cache=cache)
+        require_files("cifar100", tmp_path, clip, ask=lambda url: "" if "toronto" in url else "answer 403", cache=cache)
 
 
 def test_a_download_that_breaks_off_says_what_to_bring(monkeypatch, tmp_path):
@@ -153,7 +163,7 @@ def test_a_download_that_breaks_off_says_what_to_bring(monkeypatch, tmp_path):
         def download(self): raise ConnectionResetError("connection reset")
     monkeypatch.setattr(datasets, "CIFAR10", Broken)
     with pytest.raises(DataError, match=r"broke off: connection reset\); bring cifar-10-python.tar.gz \(170 MB\) from .* and put it into"):
-        gpu.torchvision_dataset("cifar10", 1, folder=tmp_path, ask=lambda url: "")
+        named.torchvision_dataset("cifar10", 1, folder=tmp_path, ask=lambda url: "")
 
 
 # ---------------------------------------------------------------- in a process of its own: how soon, and without torch
@@ -161,14 +171,14 @@ def test_a_download_that_breaks_off_says_what_to_bring(monkeypatch, tmp_path):
 TIMED = """
 import sys, time
 begin = time.monotonic()
-from finessl.cli import main
+from finessl.cli.main import main
 code = main(sys.argv[1:])
 print(code, round(time.monotonic() - begin, 2), *(m for m in ("torch", "torchvision", "open_clip", "timm", "numpy") if m in sys.modules))
 """
 BOTH = ["bring cifar-100-python.tar.gz (169 MB) from https://www.cs.toronto.edu/", "and put it into data;", "bring open_clip_model.safetensors (about 598 MB) from", "--checkpoint FILE"]
 
 
-def told(tmp_path, *argv, **env):
+def any_rank(tmp_path, *argv, **env):
     "Run a command: what it says, after asserting that it was refused within 5 seconds and without torch."
     env = {k: v for k, v in os.environ.items() if k.lower() not in ("no_proxy", "http_proxy", "https_proxy", "all_proxy") and not k.startswith("HF_")} | env
     env |= {"PYTHONPATH": str(root), "PYTHONUTF8": "1", "HF_HOME": str(tmp_path / "hub")}
@@ -191,32 +201,32 @@ PRESET = ["train", "--preset", "cifar100-n4", "--data-dir", "data", "--out", "ru
 
 def test_offline_everything_is_said_at_once(tmp_path):
     refused = dict.fromkeys(("http_proxy", "https_proxy"), "http://127.0.0.1:9")
-    said = told(tmp_path, *PRESET, **refused)
+    said = any_rank(tmp_path, *PRESET, **refused)
     assert all(part in said for part in BOTH) and "refused" in said and "https://huggingface.co/" in said
-    said = told(tmp_path, *PRESET, HF_HUB_OFFLINE="1", HF_ENDPOINT="http://mirror.invalid", **refused)
+    said = any_rank(tmp_path, *PRESET, HF_HUB_OFFLINE="1", HF_ENDPOINT="http://mirror.invalid", **refused)
     assert "HF_HUB_OFFLINE is set" in said and "http://mirror.invalid/timm/" in said
-    said = told(tmp_path, *PRESET, "--checkpoint", __file__, **refused)
+    said = any_rank(tmp_path, *PRESET, "--checkpoint", __file__, **refused)
     assert said.startswith("finessl: error: cifar100 is not in data") and "safetensors" not in said
     (tmp_path / "photos").mkdir()
-    assert "bring open_clip_model" in told(tmp_path, "train", "--preset", "imagenet-1pct", "--data", "photos", "--out", "run", **refused)
-    assert "bring model.safetensors (about 23 MB)" in told(tmp_path, "train", "--data", "photos", "--backbone", "timm:vit_tiny_patch16_224", "--out", "run", **refused)
-    assert "bring model.safetensors (about 346 MB) from https://huggingface.co/timm/vit_base_patch14_dinov2.lvd142m/" in told(tmp_path, "train", "--data", "photos", "--backbone", "timm:vit_base_patch14_dinov2", "--out", "run", **refused)
-    assert "multiple of 14 pixels" in told(tmp_path, "train", "--data", "photos", "--backbone", "timm:vit_base_patch14_dinov2", "--image-size", "225", "--out", "run")
-    assert "bring food-101.tar.gz (4,996 MB)" in told(tmp_path, "train", "--data", "food101", "--per-class", "2", "--data-dir", "data", "--out", "run", **refused)
+    assert "bring open_clip_model" in any_rank(tmp_path, "train", "--preset", "imagenet-1pct", "--data", "photos", "--out", "run", **refused)
+    assert "bring model.safetensors (about 23 MB)" in any_rank(tmp_path, "train", "--data", "photos", "--backbone", "timm:vit_tiny_patch16_224", "--out", "run", **refused)
+    assert "bring model.safetensors (about 346 MB) from https://huggingface.co/timm/vit_base_patch14_dinov2.lvd142m/" in any_rank(tmp_path, "train", "--data", "photos", "--backbone", "timm:vit_base_patch14_dinov2", "--out", "run", **refused)
+    assert "multiple of 14 pixels" in any_rank(tmp_path, "train", "--data", "photos", "--backbone", "timm:vit_base_patch14_dinov2", "--image-size", "225", "--out", "run")
+    assert "bring food-101.tar.gz (4,996 MB)" in any_rank(tmp_path, "train", "--data", "food101", "--per-class", "2", "--data-dir", "data", "--out", "run", **refused)
 
 
 def test_where_packets_vanish_two_files_take_the_time_of_one(tmp_path):
-    with silent() as proxy: said = told(tmp_path, *PRESET, http_proxy=proxy, https_proxy=proxy)
+    with silent() as proxy: said = any_rank(tmp_path, *PRESET, http_proxy=proxy, https_proxy=proxy)
     assert all(part in said for part in BOTH) and said.count("no answer within 2 s") == 2
 
 
 def test_one_process_of_a_machine_asks(tmp_path, monkeypatch):
-    args = cli.make_parser().parse_args(PRESET)
+    args = cli_main.make_parser().parse_args(PRESET)
     args.data, args.backbone = "cifar100", clip
-    monkeypatch.setattr(cli, "require", functools.partial(require, ask=nobody, cache=tmp_path))
-    with pytest.raises(MissingError): cli.check_files(args)
+    monkeypatch.setattr(cli_options, "require_files", functools.partial(require_files, ask=nobody, cache=tmp_path))
+    with pytest.raises(MissingError): cli_options.check_files(args)
     monkeypatch.setenv("LOCAL_RANK", "1")
-    cli.check_files(args)
+    cli_options.check_files(args)
 
 
 def test_predict_says_where_the_weights_should_be(tmp_path):
@@ -224,16 +234,16 @@ def test_predict_says_where_the_weights_should_be(tmp_path):
     (tmp_path / "x.png").touch()
     (tmp_path / "old" / "record.json").write_text(json.dumps({"backbone": clip, "checkpoint": None}))
     argv = ["predict", "--run", "old", "x.png"]
-    said = told(tmp_path, *argv, HF_HUB_OFFLINE="1")
+    said = any_rank(tmp_path, *argv, HF_HUB_OFFLINE="1")
     assert "bring open_clip_model.safetensors (about 598 MB)" in said and "--checkpoint FILE" in said and "pocket" not in said
     (tmp_path / "old" / "record.json").write_text(json.dumps({"backbone": clip, "checkpoint": "gone.safetensors"}))
-    assert "no longer in gone.safetensors; name the file with --checkpoint FILE" in told(tmp_path, *argv)
+    assert "no longer in gone.safetensors; name the file with --checkpoint FILE" in any_rank(tmp_path, *argv)
 
 
 def test_a_device_of_the_environment_that_is_not_here_is_named(monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("FINESSL_DEVICE", "nonsense")
-    assert cli.main(["train", "--data", "digits", "--per-class", "1", "--steps", "1", "--out", "run"]) == 2
+    assert cli_main.main(["train", "--data", "digits", "--per-class", "1", "--steps", "1", "--out", "run"]) == 2
     assert "FINESSL_DEVICE=nonsense is not here; cpu is" in capsys.readouterr().err
-    assert cli.main(["train", "--data", "digits", "--per-class", "1", "--steps", "1", "--device", "nope", "--out", "run"]) == 2
+    assert cli_main.main(["train", "--data", "digits", "--per-class", "1", "--steps", "1", "--device", "nope", "--out", "run"]) == 2
     assert "--device nope is not here" in capsys.readouterr().err

@@ -1,9 +1,9 @@
 "Every record names the encoder that made it, and it is the one in the package; every picture has its data beside it."
 from pathlib import Path
 import pytest
-from finessl import comparison
+from finessl.studies import comparison
 from finessl.backbone import load_backbone
-from finessl.training import read_records
+from finessl.engine.storage import read_records
 
 root = Path(__file__).resolve().parent.parent
 
@@ -53,8 +53,8 @@ def test_how_long_the_studies_take_is_what_the_records_say(capsys):
 
 
 def test_what_the_readme_says_of_photographs_is_what_the_records_say():
-    from finessl.comparison import paired
-    from finessl.photos import photo_results
+    from finessl.studies.statistics import paired_t_interval
+    from finessl.studies.photo_figures import photo_results
     df = photo_results(root / "figures" / "records")
     text = (root / "README.md").read_text(encoding="utf-8")
     for n in (1, 2, 4):

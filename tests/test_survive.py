@@ -9,11 +9,22 @@ import pytest
 import torch
 from PIL import Image
 
-from finessl import cli, training
+from finessl.cli import demo as cli_demo
+from finessl.cli.main import main as cli_main
+from finessl.engine import batches
+from finessl.engine import prefetch
+from finessl.engine import storage
 from finessl.algorithms import FineSSL
-from finessl.data import DataError, digits, image_folder
-from finessl.gpu import image_lists
-from finessl.training import FixMatch, LabelledOnly, Schedule, TrainingError, fit, folder_lock, load_run, lock
+from finessl.engine.errors import DataError
+from finessl.data import digits
+from finessl.engine.folders import image_folder
+from finessl.engine.folders import image_lists
+from finessl.pseudo_labels import FixMatch, SupervisedOnly
+from finessl.engine.schedule import Schedule
+from finessl.engine.errors import TrainingError
+from finessl.training import fit
+from finessl.engine.storage import lock_folder, lock
+from finessl.engine.runs import load_run
 from test_training import ENV, few, outcome, same_record
 
 if sys.platform == "linux": import resource
@@ -24,17 +35,17 @@ STEPS, EVERY = 12, 4 # of a run; steps between its checkpoints
 
 def go(out, resume=False, **changes):
     "A short run of FineSSL."
-    settings = dict(n_prompts=2, schedule=Schedule(STEPS, clear_every=5), batch=4, evals=3, checkpoint_every=EVERY, progress=False) | changes
+    settings = dict(n_prompts=2, schedule=Schedule(STEPS, reset_pace_every=5), batch=4, evals=3, checkpoint_every=EVERY, progress=False) | changes
     return fit(few(), "pocket", FineSSL(), out=out, resume=resume, **settings)
 
 
-def terminal(text): sys.exit(cli.main(shlex.split(text)[1:]))
+def terminal(text): sys.exit(cli_main.main(shlex.split(text)[1:]))
 
 
 def program(text):
     "A command as a process of its own runs it; the demo's reference lines, which nobody looks at here, left out."
-    sys.argv, cli.references = shlex.split(text), lambda *args: {}
-    sys.exit(cli.main())
+    sys.argv, cli_demo.references = shlex.split(text), lambda *args: {}
+    sys.exit(cli_main.main())
 
 
 # ---------------------------------------------------------------- faults, put into place in a child
@@ -44,7 +55,7 @@ def die(): os.kill(os.getpid(), signal.SIGKILL)
 
 def kill_in_write(name, n=1):
     "SIGKILL when half of the `n`-th file called `name` is on the disk."
-    real, seen = training.write_atomic, []
+    real, seen = storage.write_atomic, []
     def dying(path, write, keep=None):
         seen.append(Path(path).name)
         def half(tmp):
@@ -52,7 +63,7 @@ def kill_in_write(name, n=1):
             os.truncate(tmp, tmp.stat().st_size // 2)
             die()
         real(path, half if seen.count(name) == n and seen[-1] == name else write, keep)
-    training.write_atomic = dying
+    storage.write_atomic = dying
 
 
 def kill_before_rename(n):
@@ -127,10 +138,10 @@ def on_a_small_disk(out, text):
     "A command on a disk that is full after its first checkpoint, and once more when it has grown."
     (out.parent / "disk").mkdir()
     grow = small_disk(out.parent / "disk", 100)
-    first = cli.main(shlex.split(text)[1:])
+    first = cli_main.main(shlex.split(text)[1:])
     left = sorted(f.name for f in (out.parent / "disk/run").iterdir())
     grow(1000)
-    second = cli.main(shlex.split(f"{text} --resume")[1:])
+    second = cli_main.main(shlex.split(f"{text} --resume")[1:])
     shutil.copytree(out.parent / "disk/run", out)
     print(json.dumps([first, left, second]))
 
@@ -157,7 +168,7 @@ FAULTS = {   # name -> what is put into place, what is run, given the folder of 
     "a folder below a file": (lambda o: (o.parent / "file").write_text("a file"), lambda o, resume=False: go(o.parent / "file/run")),
 }
 DEMO = "finessl demo --steps 2 --quiet --out"
-STOPS = {"labelled-only": (LabelledOnly, 1, "labelled-only stopped after step 1 of 2, checkpoint written"), # name -> what Ctrl-C strikes, in which step, what is said
+STOPS = {"labelled-only": (SupervisedOnly, 1, "labelled-only stopped after step 1 of 2, checkpoint written"), # name -> what Ctrl-C strikes, in which step, what is said
          "FixMatch": (FixMatch, 2, "FixMatch stopped after the last step, record and model written"),
          "FineSSL": (FineSSL, 1, "FineSSL stopped after step 1 of 2, checkpoint written")}
 WHOLE = {"demo": lambda o: program(f"{DEMO} {o}"), "go": go, "train": lambda o: terminal(f"{TRAIN} {o}"), "much": lambda o: terminal(f"{MUCH} {o}")}
@@ -185,7 +196,7 @@ def child(out, f, *before):
 def every_fault(where: Path) -> dict:
     "Name -> what happened at the fault, and at the resume after it."
     found = {}
-    import finessl.comparison, finessl.bias, matplotlib.figure # for the demo
+    import finessl.studies.comparison, finessl.bias, matplotlib.figure # for the demo
     go(None, checkpoint_every=None)                            # what is imported late, is imported before the children are made
     for k, (name, (fault, f)) in enumerate(FAULTS.items()):
         out = where / str(k) / "run"
@@ -305,7 +316,7 @@ def test_every_device_says_it_in_its_own_words(tmp_path, error, monkeypatch):
 
 def test_no_memory_in_an_evaluation(tmp_path):
     def fail(x): raise MemoryError
-    views = training.default_views(few(), training.load_backbone("pocket"))._replace(plain=fail)
+    views = training.default_views(few(), training.load_backbone("pocket"))._replace(eval_view=fail)
     with pytest.raises(TrainingError, match="out of memory .*256 images at once.*the checkpoint of step 8 is kept"): go(tmp_path / "run", evals=1, views=views)
 
 
@@ -333,27 +344,27 @@ def test_a_stopped_demo_goes_on_by_the_command_that_it_prints(happened, name):
     stopped, out, whole = happened[name], Path(happened[name]["out"]), Path(happened["demo"]["out"])
     assert stopped["first"]["code"] == 130 and stopped["first"]["stderr"] == f"finessl: {STOPS[name][2]}; go on with: {DEMO} {out} --resume\n"
     assert stopped["second"] == happened["demo"]["first"] and stopped["second"]["code"] == 0
-    for method in cli.TRAINED:
+    for method in cli_demo.METHODS:
         a, b = (outcome(folder / method.lower()) for folder in (out, whole))
         assert a[0] == b[0] and a[1].pop("command").removesuffix(str(out)) == b[1].pop("command").removesuffix(str(whole))
         same_record(a[1], b[1])
         assert [r["step"] for r in a[1]["resumes"]] == ([STOPS[name][1]] if method == name and "checkpoint" in STOPS[name][2] else [])
-    if name == "FineSSL": assert cli.main(shlex.split(f"demo --out {out} --steps 3 --resume")) == 1   # another demo than the one there
+    if name == "FineSSL": assert cli_main.main(shlex.split(f"demo --out {out} --steps 3 --resume")) == 1   # another demo than the one there
 
 
 # ---------------------------------------------------------------- the lock
 
 def test_the_locks_file_goes_with_the_lock(tmp_path):
     run = tmp_path / "run"
-    with folder_lock(run):
+    with lock_folder(run):
         with pytest.raises(TrainingError, match="another run is writing"):
-            with folder_lock(run): pass
+            with lock_folder(run): pass
         assert (run / ".lock").exists()                         # the refused one leaves the other's
     assert not run.exists()                                     # a folder that it made, and that stayed empty
     run.mkdir()
-    with folder_lock(run): pass
+    with lock_folder(run): pass
     assert list(run.iterdir()) == []                            # one that was there before stays
-    with folder_lock(tmp_path / "new"): (tmp_path / "new/file").write_text("kept")
+    with lock_folder(tmp_path / "new"): (tmp_path / "new/file").write_text("kept")
     assert [p.name for p in (tmp_path / "new").iterdir()] == ["file"]
 
 
@@ -436,15 +447,15 @@ def test_when_asked_training_goes_on_bit_for_bit(photos, tmp_path, monkeypatch):
 def test_a_replacement_keeps_its_class_and_its_place_in_the_pool(photos):
     ds, views = image_lists(photos, image_size=32, unreadable="skip"), training.default_views(few(), training.load_backbone("pocket"))
     for f in ("train/0/0.png", "train/1/3.png"): cut(photos / f)
-    lb, ulb = (training.on_device(x, "cpu") for x in (ds.x_lb, ds.x_ulb))
+    lb, ulb = (prefetch.make_fetcher(x, "cpu") for x in (ds.x_lb, ds.x_ulb))
     seen, labels = set(), torch.zeros(3, dtype=torch.int64)
     for t in range(6):
-        images = training.step_images(ds, views, FineSSL(), lb, ulb, 0, t, 6, 2, Schedule(30))
+        images = batches.make_batch(ds, views, FineSSL(), lb, ulb, 0, t, 6, 2, Schedule(30))
         seen |= set(images["idx_ulb"].tolist())
         labels += images["y_lb"].bincount(minlength=3)
     assert labels.tolist() == [12, 12, 12] and seen == set(range(24)) - {0, 11}
     cut(photos / "train/0/1.png")
-    with pytest.raises(DataError, match="none is left to take its place in its class"): training.step_images(ds, views, FineSSL(), lb, ulb, 0, 0, 6, 2, Schedule(30))
+    with pytest.raises(DataError, match="none is left to take its place in its class"): batches.make_batch(ds, views, FineSSL(), lb, ulb, 0, 0, 6, 2, Schedule(30))
 
 
 def test_folders_read_at_every_use(photos, tmp_path):
@@ -460,7 +471,7 @@ def test_on_the_command_line(photos, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     cut(photos / "train/0/7.png")
     argv = shlex.split("train --data photos --out run --skip-unreadable --steps 8 --batch 4 --prompts 2 --evals 1 --checkpoint-every 2")
-    assert cli.main(argv[:5]) == 2 and "train/0/7.png" in capsys.readouterr().err.replace("\\", "/")
+    assert cli_main.main(argv[:5]) == 2 and "train/0/7.png" in capsys.readouterr().err.replace("\\", "/")
     real, calls = FineSSL.__call__, []
     def call(self, step, state):
         calls.append(1)
@@ -469,14 +480,14 @@ def test_on_the_command_line(photos, tmp_path, monkeypatch, capsys):
         if len(calls) == 7: signal.raise_signal(signal.SIGINT)
         return real(self, step, state)
     monkeypatch.setattr(FineSSL, "__call__", call)
-    assert cli.main(argv) == 130
-    assert cli.main([*argv, "--resume"]) == 0, capsys.readouterr().err  # the file is gone for good, and the run the same
+    assert cli_main.main(argv) == 130
+    assert cli_main.main([*argv, "--resume"]) == 0, capsys.readouterr().err  # the file is gone for good, and the run the same
     out, record = capsys.readouterr().out, json.loads((tmp_path / "run/record.json").read_text())
     assert record["dataset"]["unreadable"] == ["train/0/7.png"] and record["unreadable"] == ["test/0/0.png", "train/1/6.png"] and record["resumes"][0]["step"] == 7
     assert "left out as unreadable: 1" in out and "left out as unreadable while training: 2 (test/0/0.png, …), named in record.json" in out
     n = record["n_test"] - 1
     assert f"of {n} test images right" in out and record["evaluations"][-1]["accuracy"] in [k / n for k in range(n + 1)]
-    assert cli.main(shlex.split("train --data digits --per-class 1 --out other --skip-unreadable")) == 2
+    assert cli_main.main(shlex.split("train --data digits --per-class 1 --out other --skip-unreadable")) == 2
     assert "--skip-unreadable belongs to" in capsys.readouterr().err
 
 

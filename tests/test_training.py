@@ -11,7 +11,13 @@ from nbclient import NotebookClient
 from finessl.algorithms import FineSSL
 from finessl.backbone import load_backbone
 from finessl.data import digits
-from finessl.training import DIGEST, FixMatch, LabelledOnly, Schedule, TrainingError, fit, folder_lock, load_run
+from finessl.engine.checkpoint import DIGEST
+from finessl.pseudo_labels import FixMatch, SupervisedOnly
+from finessl.engine.schedule import Schedule
+from finessl.engine.errors import TrainingError
+from finessl.training import fit
+from finessl.engine.storage import lock_folder
+from finessl.engine.runs import load_run
 
 root = Path(__file__).resolve().parent.parent
 ENV = os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
@@ -84,7 +90,7 @@ def test_a_second_run_into_a_folder_is_refused_while_the_first_lives(tmp_path):
     try:
         newer_checkpoint(tmp_path / "run", p)
         with pytest.raises(TrainingError, match="another run is writing to"):
-            with folder_lock(tmp_path / "run"): pass
+            with lock_folder(tmp_path / "run"): pass
         second = start(tmp_path, "--resume")
         out, err = second.communicate(timeout=240)
         if p.poll() is None:                       # the first was still at work
@@ -92,7 +98,7 @@ def test_a_second_run_into_a_folder_is_refused_while_the_first_lives(tmp_path):
     finally:
         p.kill()
         p.wait()
-    with folder_lock(tmp_path / "run"): pass       # the lock died with its process
+    with lock_folder(tmp_path / "run"): pass       # the lock died with its process
     assert not (tmp_path / "run/.lock").exists()
 
 
@@ -109,7 +115,7 @@ def few():
 
 
 def run(encoder, algorithm=FineSSL(), out=None, **changes):
-    settings = dict(peft="vpt", n_prompts=2, schedule=Schedule(12, clear_every=5), batch=4, evals=3, progress=False) | changes
+    settings = dict(peft="vpt", n_prompts=2, schedule=Schedule(12, reset_pace_every=5), batch=4, evals=3, progress=False) | changes
     return fit(few(), encoder, algorithm, out=out, **settings)
 
 
@@ -127,7 +133,7 @@ def interrupted(encoder, out, after, algorithm=FineSSL(), **changes):
     finally: kind.__call__ = real
 
 
-CASES = {"FineSSL": {}, "FineSSL, paper's form": dict(algorithm=FineSSL(form="paper")), "FixMatch": dict(algorithm=FixMatch()), "labelled-only": dict(algorithm=LabelledOnly()),
+CASES = {"FineSSL": {}, "FineSSL, paper's form": dict(algorithm=FineSSL(form="paper")), "FixMatch": dict(algorithm=FixMatch()), "labelled-only": dict(algorithm=SupervisedOnly()),
          "heads alone": dict(peft="linear"), "bf16": dict(precision="bf16"), "labelled images dropped": dict(labelled="release"), "per epoch": dict(schedule=Schedule(12, decay="epoch"))}
 
 
@@ -178,7 +184,7 @@ def test_no_readable_checkpoint_is_an_error(encoder, tmp_path):
 
 @pytest.mark.parametrize("changes, names", [
     (dict(batch=5), "batch: 4 there, 5 here"), (dict(algorithm=FixMatch()), "algorithm.name: 'FineSSL' there, 'FixMatch' here"), (dict(algorithm=FineSSL(gamma=1.)), "algorithm.gamma: 3.0 there, 1.0 here"), (dict(seed=1), "seed: 0 there, 1 here"),
-    (dict(schedule=Schedule(12, lr=.1, clear_every=5)), "schedule.lr: 0.03 there, 0.1 here"), (dict(n_prompts=3), "n_prompts: 2 there, 3 here")])
+    (dict(schedule=Schedule(12, lr=.1, reset_pace_every=5)), "schedule.lr: 0.03 there, 0.1 here"), (dict(n_prompts=3), "n_prompts: 2 there, 3 here")])
 def test_a_foreign_checkpoint_is_refused(encoder, tmp_path, changes, names):
     interrupted(encoder, tmp_path / "run", 3)
     before = (tmp_path / "run/checkpoint.pt").read_bytes()
@@ -303,7 +309,7 @@ def test_settings_of_algorithms_are_finite_numbers(algorithm, value):
         with pytest.raises(ValueError, match=f"^{name} must .*, got {value!r}"): algorithm(**{name: value})
 
 
-@pytest.mark.parametrize("algorithm, shows", [(FineSSL(), ("loss", "kept", "accuracy")), (LabelledOnly(), ("loss", "accuracy"))])
+@pytest.mark.parametrize("algorithm, shows", [(FineSSL(), ("loss", "kept", "accuracy")), (SupervisedOnly(), ("loss", "accuracy"))])
 def test_the_progress_bar_ends_with_what_the_record_says(encoder, capsys, algorithm, shows):
     last = run(encoder, algorithm, progress=True).record["evaluations"][-1]
     line = capsys.readouterr().err.split("\r")[-1]
@@ -318,7 +324,7 @@ def test_a_notebook_shows_the_bar(monkeypatch, widgets):
     monkeypatch.delenv("TQDM_DISABLE", raising=False)
     call = "fit(ds, 'pocket', FixMatch(), schedule=Schedule(3), batch=4, n_prompts=1, evals=1).record['evaluations'][-1]['accuracy']"
     cells = ["import os, sys" + ("" if widgets else "; sys.modules['ipywidgets'] = None"),
-             "from finessl.data import digits\nfrom finessl.training import FixMatch, Schedule, fit\nds = digits(1, 0)\nds = ds._replace(x_test=ds.x_test[:40], y_test=ds.y_test[:40])",
+             "from finessl.data import digits\nfrom finessl.training import fit\nfrom finessl.engine.schedule import Schedule\nfrom finessl.pseudo_labels import FixMatch\nds = digits(1, 0)\nds = ds._replace(x_test=ds.x_test[:40], y_test=ds.y_test[:40])",
              call, f"os.environ['TQDM_DISABLE'] = '1'\n{call}"]
     nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(c) for c in cells])
     NotebookClient(nb, timeout=300, kernel_name="python3").execute()
@@ -336,7 +342,7 @@ def test_no_bar_where_nobody_looks(encoder, capsys):
 
 def test_the_record_names_split_and_versions(encoder):
     ds = few()
-    fits = lambda ds: fit(ds, encoder, LabelledOnly(), schedule=Schedule(1), batch=4, n_prompts=1, evals=1, progress=False).record
+    fits = lambda ds: fit(ds, encoder, SupervisedOnly(), schedule=Schedule(1), batch=4, n_prompts=1, evals=1, progress=False).record
     record = fits(ds)
     assert record["split"] == {"seed": 0, "n_per_class": 1, "hash": ds.split.hash} and fits(ds._replace(split=None))["split"] is None
     assert set(record["versions"]) == {"python", "finessl", "torch", "torchvision", "open_clip_torch", "timm", "numpy", "scikit-learn"} and all(record["versions"].values())
