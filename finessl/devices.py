@@ -15,7 +15,7 @@ from .engine.precision import default_device
 from .engine.processes import device_for_rank
 from .engine.runs import TrainedRun
 from .peft import build_model, trainable_state_dict
-from .training import fit, validate
+from .training import fit, read_keywords, validate
 from .views import default_views
 
 # %% ../nbs/15_devices.ipynb #2d0fc43c
@@ -44,16 +44,15 @@ def fit_distributed(
 ) -> TrainedRun:
     "`fit` by several processes of this machine: the same losses and weights as by one, to rounding."
     if processes == 1: return fit(dataset, backbone, algorithm, **settings)
-    call = inspect.signature(fit).bind(dataset, backbone, algorithm, **settings)
-    call.apply_defaults()
-    checked = inspect.signature(validate).parameters
-    validate(**{k: v for k, v in call.arguments.items() if k in checked}, processes=processes)
-    device = device_for_rank(torch.device(settings.get("device") or default_device()), 0, processes)
+    keywords = {k: v for k, v in settings.items() if k not in ("out", "resume", "overwrite", "settings", "runtime")}
+    chosen, how = read_keywords(settings.get("settings"), settings.get("runtime"), keywords)
+    validate(dataset, algorithm, chosen, how, processes)
+    device = device_for_rank(torch.device(how.device or default_device()), 0, processes)
     encoder = load_backbone(backbone) if isinstance(backbone, str) else backbone
     record, trained = launch(processes, fit_in_worker, dataset, encoder, algorithm, **settings)
     model = build_model(encoder, len(dataset.classes), record["peft"], record["n_prompts"])
     model.load_state_dict(trained, strict=False)
-    views = settings.get("views") or default_views(dataset, encoder)
+    views = chosen.views or default_views(dataset, encoder)
     return TrainedRun(model.to(device).eval(), record, views.eval_view, device)
 
 # %% ../nbs/15_devices.ipynb #316c5b48

@@ -14,6 +14,7 @@ from ..algorithms import FineSSL
 from ..backbone import load_backbone
 from ..data import Dataset
 from ..engine.batches import compute_logits, make_batch
+from ..engine.checkpoint import TrainState
 from ..engine.metrics import MetricAccumulator, NonFiniteGuard
 from ..engine.precision import autocast, compile_encoder, default_device, default_precision, supports_compile
 from ..engine.prefetch import make_fetcher
@@ -88,16 +89,17 @@ class BenchmarkRunner:
         self.variant, self.config, device = variant, config, config.device
         self.algorithm = (CPUPaceFineSSL if variant.pace == "cpu" else FineSSL)()
         self.dataset, self.model = random_dataset(config, variant.pool or config.pool), variant_model(variant, config)
-        self.state = self.algorithm.init(len(self.dataset.x_ulb), config.n_classes, device)
-        self.guard, self.meter = NonFiniteGuard(device), MetricAccumulator(self.dataset.y_ulb, device)
         mode = supports_compile(device) if variant.compile is None else variant.compile
         self.graphs = mode in ("reduce-overhead", "max-autotune")
         self.features = compile_encoder(self.model.features, mode) if mode else self.model.features
         form = single_pass_forward if variant.weak == "gradient" else compute_logits
         self.logits = partial(form, features=self.features)
         trained = [p for p in self.model.parameters() if p.requires_grad]
-        self.optimizer = (build_optimizer(self.model, config.schedule, .9, 5e-4) if variant.update == "fused"
-                          else torch.optim.SGD(trained, config.schedule.lr, .9, weight_decay=5e-4))
+        optimizer = (build_optimizer(self.model, config.schedule, .9, 5e-4) if variant.update == "fused"
+                     else torch.optim.SGD(trained, config.schedule.lr, .9, weight_decay=5e-4))
+        self.state = TrainState(self.model, optimizer,
+                                self.algorithm.init(len(self.dataset.x_ulb), config.n_classes, device),
+                                MetricAccumulator(self.dataset.y_ulb, device), NonFiniteGuard(device))
         self.views, pillow, x = config.views, variant.views == "pillow", self.dataset.x_lb
         if pillow:
             weak, strong = (PillowView(v, device) for v in (self.views.weak, self.views.strong))
@@ -114,14 +116,16 @@ class BenchmarkRunner:
         "Step `t`."
         c, lr = self.config, cosine_lr(self.config.schedule, t)
         if self.variant.update == "fused":
-            return train_step(self.model, images, self.algorithm, self.state, self.optimizer, self.guard, self.meter,
-                              t, lr, c.device, c.precision, self.logits, accumulate=self.accumulate)
+            self.state.step = t
+            return train_step(self.state, images, self.algorithm, lr, c.device, c.precision, self.logits,
+                              accumulate=self.accumulate)
         with autocast(c.device, c.precision): logits = self.logits(self.model, images, self.algorithm, c.device)
-        loss, _ = self.algorithm(logits, self.state)
-        self.optimizer.zero_grad()
+        loss, _ = self.algorithm(logits, self.state.algorithm)
+        optimizer = self.state.optimizer
+        optimizer.zero_grad()
         loss.backward()
-        for g in self.optimizer.param_groups: g["lr"] = lr
-        self.optimizer.step()
+        for g in optimizer.param_groups: g["lr"] = lr
+        optimizer.step()
         return loss.detach()
 
     def encoder(self, images: dict):

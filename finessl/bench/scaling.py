@@ -19,6 +19,7 @@ from ..engine.batches import make_batch
 from ..engine.environment import environment
 from ..engine.images import read_image
 from ..engine.launch import launch
+from ..engine.checkpoint import TrainState
 from ..engine.metrics import MetricAccumulator, NonFiniteGuard
 from ..engine.prefetch import make_fetcher
 from ..engine.processes import ProcessGroup
@@ -56,16 +57,16 @@ def time_steps(
     dataset = Dataset(x, y, x, y, x[:0], y[:0], tuple(map(str, range(n_classes))))
     model = build_model(encoder, n_classes, n_prompts=n_prompts)
     views = natural_views(encoder.image_size, IMAGENET_MEAN, IMAGENET_STD)
-    optimizer, state = build_optimizer(model, schedule, .9, 5e-4), algorithm.init(len(x), n_classes)
-    guard, meter, fetch = NonFiniteGuard("cpu"), MetricAccumulator(y, "cpu"), make_fetcher(x, "cpu")
+    state = TrainState(model, build_optimizer(model, schedule, .9, 5e-4), algorithm.init(len(x), n_classes),
+                       MetricAccumulator(y, "cpu"), NonFiniteGuard("cpu"))
+    fetch = make_fetcher(x, "cpu")
     out = {"step_ms": [], "exchange_ms": []}
     for t in range(steps + 1):
         group.barrier()
         start, group.seconds = time.perf_counter(), 0.
         images = make_batch(dataset, views, algorithm, fetch, fetch, 0, t, batch, 1, schedule,
-                            part=(group.rank, group.size))
-        train_step(model, images, algorithm, state, optimizer, guard, meter,
-                   t, cosine_lr(schedule, t), "cpu", world=group)
+                            shard=(group.rank, group.world_size))
+        train_step(state, images, algorithm, cosine_lr(schedule, t), "cpu", group=group)
         group.barrier()
         seconds = {"step_ms": time.perf_counter() - start, "exchange_ms": group.seconds}
         for k, s in seconds.items(): out[k].append(round(1e3 * s, 2))
