@@ -119,7 +119,7 @@ class Lab:
             for name, a in algorithms.items(): done[name].append(self.run(a, n_per_class, seed, **changes))
         return done
 
-# %% ../nbs/02_lab.ipynb #76f71180
+# %% ../nbs/02_lab.ipynb #502ab409
 def train_heads(
     model: TwoHeadModel, # heads on features; trained in place
     dataset: Dataset, views: Views, # of numbers, and tables of their features: see `Lab`
@@ -133,11 +133,10 @@ def train_heads(
     state, meter = algorithm.init(len(dataset.x_ulb), len(dataset.classes)), MetricAccumulator(dataset.y_ulb, "cpu")
     log = {"evaluations": [], "seconds": 0., "eval_seconds": 0., "resumes": []}
     clock, eval_at = Timer(log), {math.ceil(schedule.steps * i / evals) for i in range(1, evals + 1)}
-    clear, every = getattr(algorithm, "clear", None), schedule.reset_pace_every
+    lb, ulb, every = dataset.x_lb.__getitem__, dataset.x_ulb.__getitem__, schedule.reset_pace_every
     for t in range(schedule.steps):
-        if clear and every and t and t % every == 0: clear(state)          # for algorithms with a memory: 05, 08
-        images = make_batch(dataset, views, algorithm, dataset.x_lb.__getitem__, dataset.x_ulb.__getitem__,
-                            seed, t, batch, mu, schedule)
+        if every and t and t % every == 0 and hasattr(algorithm, "reset_pace"): algorithm.reset_pace(state) # see 08
+        images = make_batch(dataset, views, algorithm, lb, ulb, seed, t, batch, mu, schedule)
         logits = compute_logits(model, images, algorithm, "cpu")
         loss, metrics = algorithm(logits, state)
         if not loss.isfinite(): raise NonFiniteLoss(f"the loss is not finite at step {t}: try a smaller lr or gamma")
