@@ -166,7 +166,7 @@ def train(model: TwoHeadModel, dataset: Dataset, views: Views, algorithm, settin
     with (bar, GracefulStop(deaf=float(world.size > 1)) if alone else contextlib.nullcontext(interrupt) as interrupt,
           contextlib.closing(images)):
         for t in range(start, steps):
-            if schedule.reset_pace_every and t and t % schedule.reset_pace_every == 0 and hasattr(algorithm, "clear"): algorithm.clear(state)
+            if schedule.reset_pace_every and t and t % schedule.reset_pace_every == 0 and hasattr(algorithm, "reset_pace"): algorithm.reset_pace(state)
             train_step(model, next(images), algorithm, state, optimizer, guard, meter,
                        t, cosine_lr(schedule, t), device, s["precision"], logits, world, accumulate)
             done, stop = t + 1, world.any_rank(interrupt.requested)
