@@ -27,7 +27,8 @@ CLOSE = 1e-5
 def few():
     "Ten labelled digits, two hundred in the pool, twenty for the test."
     ds = digits(1, 0)
-    return ds._replace(x_ulb=ds.x_ulb[:200], y_ulb=ds.y_ulb[:200], x_test=ds.x_test[:20], y_test=ds.y_test[:20], split=ds.split._replace(idx_lb=torch.zeros(0, dtype=torch.int64)))
+    return ds._replace(x_ulb=ds.x_ulb[:200], y_ulb=ds.y_ulb[:200], x_test=ds.x_test[:20], y_test=ds.y_test[:20],
+                       split=ds.split._replace(idx_lb=torch.zeros(0, dtype=torch.int64)))
 
 
 class Watched(FineSSL):
@@ -35,7 +36,8 @@ class Watched(FineSSL):
     def __call__(self, step, state):
         loss, metrics = super().__call__(step, state)
         self.noted.append((loss.item(), state["pace"].counts.tolist(), metrics["mask"].float().mean().item()))
-        if len(self.noted) == self.stop_after and os.environ.get("RANK", "0") == self.stop_in: signal.raise_signal(signal.SIGINT)
+        if len(self.noted) == self.stop_after and os.environ.get("RANK", "0") == self.stop_in:
+            signal.raise_signal(signal.SIGINT)
         return loss, metrics
 Watched.__name__ = "FineSSL" # in records and checkpoints
 
@@ -47,14 +49,16 @@ def watched(stop_after=0, stop_in="0"):
 
 
 def run(algorithm, **changes):
-    settings = dict(n_prompts=2, schedule=Schedule(20, reset_pace_every=15), batch=9, mu=2, evals=4, progress=False, device="cpu") | changes
+    settings = dict(n_prompts=2, schedule=Schedule(20, reset_pace_every=15), batch=9, mu=2, evals=4, progress=False,
+                    device="cpu") | changes
     return fit(few(), load_backbone("pocket"), algorithm, **settings)
 
 
 def outcome(r): return r.record, {k: v.detach().clone() for k, v in trainable_state_dict(r.model).items()}
 
 
-PLAIN = {"FixMatch": (FixMatch(tau=.5), {}), "labelled-only": (SupervisedOnly(), {}), "dropped, two unlabelled each": (FineSSL(detach_aux=False), dict(labelled="release", mu=1))}
+PLAIN = {"FixMatch": (FixMatch(tau=.5), {}), "labelled-only": (SupervisedOnly(), {}),
+         "dropped, two unlabelled each": (FineSSL(detach_aux=False), dict(labelled="release", mu=1))}
 
 
 def in_each(folder):
@@ -90,11 +94,14 @@ def test_two_processes_train_as_one(two):
     algorithm = watched()
     one = outcome(run(algorithm))
     losses, counts, util = zip(*algorithm.noted)
-    assert len(set(counts[4])) > 2 and all(.2 < u < .8 for u in util[4:6]), (counts[4], util)      # what is compared is at work
-    assert max(counts[14]) > sum(counts[15])                                                        # the pace table was cleared
+    # what is compared is at work
+    assert len(set(counts[4])) > 2 and all(.2 < u < .8 for u in util[4:6]), (counts[4], util)
+    # the pace table was cleared
+    assert max(counts[14]) > sum(counts[15])
     record, state, noted = two[0]["whole"]
     same(one, (record, state))
-    for (loss, count, share), mine, theirs, u in zip(noted, losses, counts, util): assert abs(loss / mine - 1) < CLOSE and count == theirs and share == u
+    for (loss, count, share), mine, theirs, u in zip(noted, losses, counts, util):
+        assert abs(loss / mine - 1) < CLOSE and count == theirs and share == u
     assert (record["processes"], record["accumulate"]) == (2, 1)
 
 
@@ -111,7 +118,8 @@ def test_stopped_in_one_process_and_gone_on_with(two):
     out, folder = two
     assert re.fullmatch(r"stopped after step 11 of 20, checkpoint written", out["stopped"])
     whole, resumed = ((folder / name / "model.safetensors").read_bytes() for name in ("whole", "stopped"))
-    assert whole == resumed and out["resumed"][0]["evaluations"] == out["whole"][0]["evaluations"]  # to the bit, with as many processes
+    # to the bit, with as many processes
+    assert whole == resumed and out["resumed"][0]["evaluations"] == out["whole"][0]["evaluations"]
     assert out["resumed"][0]["resumes"] == [{"step": 11, "passed_over": [], "changed": []}]
 
 
@@ -132,7 +140,8 @@ def test_pieces_give_the_same_update(two):
 
 
 def test_pieces_in_half_precision():
-    a, b = (run(FineSSL(), schedule=Schedule(1), evals=1, precision="bf16", accumulate=k).record["evaluations"][0]["loss"] for k in (1, 4))
+    a, b = (run(FineSSL(), schedule=Schedule(1), evals=1, precision="bf16",
+                accumulate=k).record["evaluations"][0]["loss"] for k in (1, 4))
     assert abs(a / b - 1) < 1e-2
 
 
@@ -155,7 +164,8 @@ def test_pieces_take_less_memory():
             seen.clear()
         torch.autograd.backward = backward
         try:
-            with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t): run(kind(), schedule=Schedule(1), evals=1, batch=16, accumulate=accumulate)
+            with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t): run(kind(), schedule=Schedule(1), evals=1,
+                                                                                  batch=16, accumulate=accumulate)
         finally: torch.autograd.backward = real
         return most[0]
     assert kept(4) < .5 * kept(1)
@@ -174,7 +184,9 @@ class Dies(FineSSL):
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGKILL")
 def test_one_that_is_killed_ends_all(capfd):
     begin = time.time()
-    with pytest.raises(TrainingError, match="process 1 of 2 was killed"): fit_distributed(2, few(), load_backbone("pocket"), Dies(), n_prompts=2, batch=4, schedule=Schedule(1000), device="cpu", progress=False)
+    with pytest.raises(TrainingError, match="process 1 of 2 was killed"):
+        fit_distributed(2, few(), load_backbone("pocket"), Dies(), n_prompts=2, batch=4, schedule=Schedule(1000),
+                        device="cpu", progress=False)
     assert time.time() - begin < 60 and capfd.readouterr().err == ""
 
 
@@ -182,8 +194,10 @@ def test_one_that_is_killed_ends_all(capfd):
 def test_nothing_stays_of_a_parent_that_is_killed(tmp_path):
     "The children write their checkpoint, clear away what the parent had left for them, and end."
     (folder := tmp_path / "temporary").mkdir()
-    p = subprocess.Popen([sys.executable, "-m", "finessl", "train", "--data", "digits", "--per-class", "1", "--steps", "100000", "--batch", "4", "--prompts", "1", "--checkpoint-every", "2", "--device", "cpu",
-                          "--processes", "2", "--quiet", "--out", "run"], cwd=tmp_path, env=ENV | {"TMPDIR": str(folder)}, stderr=subprocess.PIPE, text=True)
+    p = subprocess.Popen([sys.executable, "-m", "finessl", "train", "--data", "digits", "--per-class", "1", "--steps",
+                          "100000", "--batch", "4", "--prompts", "1", "--checkpoint-every", "2", "--device", "cpu",
+                          "--processes", "2", "--quiet", "--out", "run"], cwd=tmp_path,
+                         env=ENV | {"TMPDIR": str(folder)}, stderr=subprocess.PIPE, text=True)
     end = time.time() + 90
     while not (tmp_path / "run/checkpoint.pt").exists() and time.time() < end: time.sleep(.01)
     assert [f.name for f in folder.glob("finessl-*/call")] == ["call"]
@@ -210,7 +224,8 @@ except RuntimeError as e: print(type(e).__name__, e)
 @pytest.mark.skipif(sys.platform != "linux", reason="limits as Linux has them")
 def test_a_full_temporary_folder_is_one_sentence(tmp_path):
     (folder := tmp_path / "temporary").mkdir()
-    p = subprocess.run([sys.executable, "-c", NO_ROOM, "train", "--data", "digits", "--per-class", "1", "--steps", "2", "--device", "cpu", "--processes", "2", "--out", str(tmp_path / "run")],
+    p = subprocess.run([sys.executable, "-c", NO_ROOM, "train", "--data", "digits", "--per-class", "1", "--steps", "2",
+                        "--device", "cpu", "--processes", "2", "--out", str(tmp_path / "run")],
                        env=ENV | {"TMPDIR": str(folder)}, text=True, capture_output=True, timeout=120)
     says = f"no space left in {folder}; set TMPDIR to a folder with room\n"
     assert p.stderr == f"finessl: error: {says}" and p.stdout.endswith(f"1\nTrainingError {says}"), (p.stdout, p.stderr)
@@ -220,22 +235,32 @@ def test_a_full_temporary_folder_is_one_sentence(tmp_path):
 def test_no_temporary_folder_at_all(monkeypatch):
     def none(): raise FileNotFoundError(2, "No usable temporary directory found in ['a', 'b']")
     monkeypatch.setattr("tempfile.gettempdir", none)
-    with pytest.raises(TrainingError, match="no temporary folder can be written to .*; set TMPDIR" if os.name != "nt" else "set TEMP"): launch(1, print)
+    with pytest.raises(TrainingError,
+                       match="no temporary folder can be written to .*; set TMPDIR" if os.name != "nt" else "set TEMP"):
+        launch(1, print)
 
 
-@pytest.mark.parametrize("error, kind", [(DataError("no image"), DataError), (UnreadableError("a.jpg", "cannot read a.jpg"), DataError), (TrainingError("full"), TrainingError), (KeyboardInterrupt("stopped"), KeyboardInterrupt)])
+@pytest.mark.parametrize("error, kind",
+                         [(DataError("no image"), DataError),
+                          (UnreadableError("a.jpg", "cannot read a.jpg"), DataError),
+                          (TrainingError("full"), TrainingError), (KeyboardInterrupt("stopped"), KeyboardInterrupt)])
 def test_what_failed_says_so_and_not_who_ended_with_it(tmp_path, error, kind):
-    for rank, e in enumerate([PeerFailed("process 0 ended because process 2 failed"), PeerLost("gone"), error]): (tmp_path / f"error-{rank}").write_bytes(pickle_error(e, "where"))
+    for rank, e in enumerate([PeerFailed("process 0 ended because process 2 failed"), PeerLost("gone"), error]):
+        (tmp_path / f"error-{rank}").write_bytes(pickle_error(e, "where"))
     got = collect_error(tmp_path, [1, 1, 1])
     assert isinstance(got, kind) and str(got) == str(error) and got.__notes__ == ["where"]
     (tmp_path / "error-2").unlink()
-    assert "process 2 of 3 was killed" in str(collect_error(tmp_path, [1, 1, -9])) and collect_error(tmp_path / "none", [0, 0]) is None
+    assert "process 2 of 3 was killed" in str(collect_error(tmp_path, [1, 1, -9])) and collect_error(tmp_path / "none",
+                                                                                                     [0, 0]) is None
     assert "no space left in" in str(collect_error(tmp_path, [1, 1, 73]))    # it had no room to say so
 
 
 def test_torchrun_and_one_message(tmp_path):
-    p = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "finessl", "train", "--data", "digits", "--per-class", "1", "--steps", "12", "--batch", "5", "--prompts", "1",
-                        "--evals", "1", "--lr", "1e30", "--checkpoint-every", "1", "--device", "cpu", "--out", "run"], cwd=tmp_path, env=ENV, text=True, capture_output=True, timeout=120)
+    p = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "finessl",
+                        "train", "--data", "digits", "--per-class", "1", "--steps", "12", "--batch", "5", "--prompts",
+                        "1",
+                        "--evals", "1", "--lr", "1e30", "--checkpoint-every", "1", "--device", "cpu", "--out", "run"],
+                       cwd=tmp_path, env=ENV, text=True, capture_output=True, timeout=120)
     said = [line for line in p.stderr.splitlines() if line.startswith("finessl: ")]
     assert len(said) == 1 and "the loss is not finite at step 1" in said[0], p.stderr
     assert p.returncode == 1 and p.stdout.count("10 labelled images") == 1
@@ -250,25 +275,36 @@ def test_ctrl_c_on_the_command_line(tmp_path, monkeypatch, capsys):
         while not (tmp_path / "run/checkpoint.pt").exists() and time.time() < end: time.sleep(.01)
         os.kill(os.getpid(), signal.SIGINT)
     threading.Thread(target=press, daemon=True).start()
-    code = cli_main.main(["train", "--data", "digits", "--per-class", "1", "--steps", "5000", "--batch", "4", "--prompts", "1", "--checkpoint-every", "3", "--device", "cpu", "--processes", "2", "--out", "run"])
+    code = cli_main.main(["train", "--data", "digits", "--per-class", "1", "--steps", "5000", "--batch", "4",
+                          "--prompts", "1", "--checkpoint-every", "3", "--device", "cpu", "--processes", "2", "--out",
+                          "run"])
     err = capsys.readouterr().err
-    assert code == 130 and re.fullmatch(r"finessl: stopped after step \d+ of 5000, checkpoint written; go on with: finessl train .* --processes 2 .* --resume\n", err), (code, err)
+    assert code == 130 and re.fullmatch(r"finessl: stopped after step \d+ of 5000, checkpoint written; go on with: "
+                                        r"finessl train .* --processes 2 .* --resume\n", err), (code, err)
 
 
 # ---------------------------------------------------------------- refusals
 
-@pytest.mark.parametrize("processes, changes, says", [(0, {}, "processes must be >= 1"), (2, dict(batch=3, accumulate=2), "batch must be >= processes x accumulate"), (2, dict(device="mps"), "serves one process"),
-                                                      (2, dict(accumulate=0), "accumulate must be a whole number >= 1"), (2, dict(device="cuda:0"), "is one GPU")])
+@pytest.mark.parametrize("processes, changes, says",
+                         [(0, {}, "processes must be >= 1"),
+                          (2, dict(batch=3, accumulate=2), "batch must be >= processes x accumulate"),
+                          (2, dict(device="mps"), "serves one process"),
+                                                      (2, dict(accumulate=0), "accumulate must be a whole number >= 1"),
+                          (2, dict(device="cuda:0"), "is one GPU")])
 def test_what_cannot_be_is_refused_before_anything_starts(processes, changes, says):
-    with pytest.raises(ValueError, match=says): fit_distributed(processes, few(), load_backbone("pocket"), FineSSL(), **dict(batch=4) | changes)
+    with pytest.raises(ValueError, match=says):
+        fit_distributed(processes, few(), load_backbone("pocket"), FineSSL(), **dict(batch=4) | changes)
 
 
 @pytest.mark.skipif(torch.cuda.device_count() > 1, reason="several GPUs are here")
 def test_a_gpu_each():
-    with pytest.raises(ValueError, match="2 processes need 2 GPUs"): fit_distributed(2, few(), load_backbone("pocket"), FineSSL(), device="cuda")
+    with pytest.raises(ValueError, match="2 processes need 2 GPUs"):
+        fit_distributed(2, few(), load_backbone("pocket"), FineSSL(), device="cuda")
 
 
 def test_scaling_record(tmp_path):
-    assert main(["--out", str(tmp_path / "s.json"), "--backbone", "timm:test_vit", "--image-size", "32", "--batch", "4", "--processes", "1", "--steps", "1", "--prompts", "1"]) == 0
+    assert main(["--out", str(tmp_path / "s.json"), "--backbone", "timm:test_vit", "--image-size", "32", "--batch", "4",
+                 "--processes", "1", "--steps", "1", "--prompts", "1"]) == 0
     record = json.loads((tmp_path / "s.json").read_text())
-    assert record["decode"]["ms"] > 0 and [r["processes"] for r in scaling_table(record)] == [1] and record["command"].startswith("python -m finessl.devices --out")
+    assert record["decode"]["ms"] > 0 and [r["processes"]
+                                           for r in scaling_table(record)] == [1] and record["command"].startswith("python -m finessl.devices --out")

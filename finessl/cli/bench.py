@@ -53,6 +53,7 @@ def bench(args):
     check_backbone(args.backbone, args.image_size)
     from finessl.bench.measure import run_benchmark
     from finessl.bench.report import bench_table
+    from finessl.bench.runner import BenchConfig
     from finessl.gpu import ABLATION_ORDER
     from finessl.engine.precision import default_device
     from finessl.engine.storage import write_json
@@ -61,8 +62,8 @@ def bench(args):
     names = [v for word in args.variants.split(",") for v in {"chain": ABLATION_ORDER, "all": every}.get(word, [word])]
     if refused := next((v for v in names if v not in every), None): raise UsageError(f"--variants {refused} needs --device cuda")
     say = lambda text: print(text, file=sys.stderr, flush=True)
-    result = run_benchmark(args.backbone, args.batch, device, tuple(dict.fromkeys(names)),
-                       args.steps, args.precision, args.image_size, args.prompts, say=say) | {"command": args.command_line}
+    config = BenchConfig.from_name(args.backbone, args.batch, device, args.precision, args.image_size, n_prompts=args.prompts)
+    result = run_benchmark(config, tuple(dict.fromkeys(names)), args.steps, say) | {"command": args.command_line}
     print(bench_table(result))
     if args.out: write_json(args.out, result)
     if args.json: print(json.dumps(result))

@@ -119,7 +119,7 @@ def apply_preset(args):
     if args.algorithm == "finessl": chosen |= {f"--{k}": (k, v) for k, v in p["algorithm"].items()}
     for option, (name, value) in chosen.items():
         if option not in typed: setattr(args, name, value)
-    args.decay, args.reset_pace_every = schedule["decay"], schedule["clear_every"]
+    args.decay, args.reset_pace_every = schedule["decay"], schedule["reset_pace_every"]
     if args.normalisation != "encoder": args.normalise = p["normalisation"]
 
 # %% ../../nbs/cli/train.ipynb #ad087e6d
