@@ -227,7 +227,7 @@ def watched_fit(monkeypatch, dataset, algorithm, **settings):
             calls[name] = calls.get(name, 0) + 1
             with device.strictly(False): return f(*a, **k)
         monkeypatch.setattr(owner, name, waiting)
-    for name in ("evaluate", "progress_fields", "save_checkpoint", "finalize_log"): may_wait(training, name)
+    for name in ("evaluate", "save_checkpoint", "finalize_log"): may_wait(training, name)
     may_wait(NonFiniteGuard, "check")
     may_wait(MetricAccumulator, "read")
     in_one_thread = lambda make, steps, depth=0, device=None: (make(t) for t in steps) # the pretence is one thread's
@@ -242,7 +242,7 @@ def watched_fit(monkeypatch, dataset, algorithm, **settings):
         try: return train(*a, **k)
         finally: device.strict = False
     monkeypatch.setattr(training, "train", until_here)
-    settings |= dict(device="meta", compile=False, depth=0, progress=False)
+    settings |= dict(device="meta", compile=False, prefetch_depth=0, progress=False)
     with device: return fit(dataset, "pocket", algorithm, **settings)
 
 
@@ -299,7 +299,7 @@ def test_operations_fall_along_the_chain():
 def test_nothing_is_compiled_after_the_first_step():
     trainer = BenchmarkRunner(VARIANTS["finessl"], small())
     f = torch.compile(trainer.model.features, backend="eager", dynamic=False, fullgraph=True)
-    trainer.logits = functools.partial(compute_logits, features=f)
+    trainer.compute = functools.partial(compute_logits, features=f)
     assert compilations(lambda t: trainer.step(trainer.images(t), t), 4) == [2, 0, 0, 0]
 
 
@@ -340,7 +340,7 @@ def test_a_resume_keeps_its_precision_on_another_device(monkeypatch, tmp_path):
     settings = dict(schedule=Schedule(4), batch=4, evals=1, progress=False, out=tmp_path / "run", checkpoint_every=2)
     step = training.train_step
     def broken(*args, **kwargs):
-        if args[7] == 3: raise KeyboardInterrupt
+        if args[0].step == 3: raise KeyboardInterrupt
         return step(*args, **kwargs)
     monkeypatch.setattr(training, "train_step", broken)
     with pytest.raises(KeyboardInterrupt): fit(digits(2, 0), "pocket", SupervisedOnly(), **settings)
@@ -430,7 +430,7 @@ def test_a_process_that_fails_on_gpus_does_not_wait_for_those_that_go_on(monkeyp
     for device, wanted in (("cuda", [processes.dist.destroy_process_group]), ("cpu", [])):
         left = []
         monkeypatch.setattr(processes.atexit, "unregister", left.append)
-        group = SimpleNamespace(size=2, rank=0, device=torch.device(device))
+        group = SimpleNamespace(world_size=2, rank=0, device=torch.device(device))
         with pytest.raises(OSError, match="no power"), processes.fail_together(group): raise OSError("no power")
         assert left == wanted
 
@@ -461,7 +461,7 @@ def test_a_step_on_a_gpu_waits_for_nothing():
 def test_images_made_ahead_on_a_gpu_are_the_same():
     ds, encoder = digits(2, 0), load_backbone("pocket")
     settings = dict(schedule=Schedule(20), batch=8, evals=1, compile=False, progress=False, device="cuda")
-    now, early = (fit(ds, encoder, FixMatch(), depth=d, **settings).record["evaluations"][0]["loss"] for d in (0, 3))
+    now, early = (fit(ds, encoder, FixMatch(), prefetch_depth=d, **settings).record["evaluations"][0]["loss"] for d in (0, 3))
     assert early == pytest.approx(now, rel=1e-2)
 
 

@@ -140,9 +140,9 @@ def exclude_files(dataset, names: list[str]):
     for x in dataset:
         if isinstance(x, ImageFiles) and x.skipped is not None: x.skipped.update(names)
 
-def sync_excluded(dataset, world):
+def sync_excluded(dataset, group):
     "Let every process know which files another one found unreadable."
-    if world is not None: exclude_files(dataset, world.union(unreadable_files(dataset)))
+    if group is not None: exclude_files(dataset, group.gather_union(unreadable_files(dataset)))
 
 def unreadable_files(dataset) -> list[str]:
     "Names of the files found unreadable since the data set was made."
