@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['exchange_bytes', 'fit_in_worker', 'fit_distributed']
 
-# %% ../nbs/15_devices.ipynb #e18fea3b
-import inspect, sys
+# %% ../nbs/15_devices.ipynb #4fc05c73
+import sys
 import torch
 from .backbone import load_backbone
 from .data import Dataset
@@ -15,7 +15,7 @@ from .engine.precision import default_device
 from .engine.processes import device_for_rank
 from .engine.runs import TrainedRun
 from .peft import build_model, trainable_state_dict
-from .training import fit, read_keywords, validate
+from .training import Runtime, Settings, fit, read_keywords, validate
 from .views import default_views
 
 # %% ../nbs/15_devices.ipynb #2d0fc43c
@@ -31,28 +31,29 @@ def exchange_bytes(
     views = batch * (1 + mu + mu * n_strong)
     return {"logits": 4 * heads * n_classes * views + 8 * mu * batch, "gradients": 4 * trained}
 
-# %% ../nbs/15_devices.ipynb #06800591
-def fit_in_worker(dataset, backbone, algorithm, **settings): # -> record, what was trained
+# %% ../nbs/15_devices.ipynb #10344c10
+def fit_in_worker(*args, **kwargs): # -> record, what was trained
     "`fit` in one of several processes."
-    run = fit(dataset, backbone, algorithm, **settings)
+    run = fit(*args, **kwargs)
     return run.record, {k: v.detach().cpu() for k, v in trainable_state_dict(run.model).items()}
 
 def fit_distributed(
     processes: int, # GPUs, or processes that share the CPU's cores
-    dataset: Dataset, backbone, algorithm, # as for `fit`
-    **settings # as for `fit`, by name
+    dataset: Dataset, backbone, algorithm, settings: Settings|None = None, runtime: Runtime|None = None, # as for `fit`
+    out=None, resume: bool = False, overwrite: bool = False, # as for `fit`
+    **keywords # fields of Settings, Runtime and Schedule, as for `fit`
 ) -> TrainedRun:
     "`fit` by several processes of this machine: the same losses and weights as by one, to rounding."
-    if processes == 1: return fit(dataset, backbone, algorithm, **settings)
-    keywords = {k: v for k, v in settings.items() if k not in ("out", "resume", "overwrite", "settings", "runtime")}
-    chosen, how = read_keywords(settings.get("settings"), settings.get("runtime"), keywords)
-    validate(dataset, algorithm, chosen, how, processes)
-    device = device_for_rank(torch.device(how.device or default_device()), 0, processes)
+    settings, runtime = read_keywords(settings, runtime, keywords)
+    if processes == 1: return fit(dataset, backbone, algorithm, settings, runtime, out, resume, overwrite)
+    validate(dataset, algorithm, settings, runtime, processes)
+    device = device_for_rank(torch.device(runtime.device or default_device()), 0, processes)
     encoder = load_backbone(backbone) if isinstance(backbone, str) else backbone
-    record, trained = launch(processes, fit_in_worker, dataset, encoder, algorithm, **settings)
+    call = dataset, encoder, algorithm, settings, runtime, out, resume, overwrite
+    record, trained = launch(processes, fit_in_worker, *call)
     model = build_model(encoder, len(dataset.classes), record["peft"], record["n_prompts"])
     model.load_state_dict(trained, strict=False)
-    views = chosen.views or default_views(dataset, encoder)
+    views = settings.views or default_views(dataset, encoder)
     return TrainedRun(model.to(device).eval(), record, views.eval_view, device)
 
 # %% ../nbs/15_devices.ipynb #316c5b48

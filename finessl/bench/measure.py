@@ -92,7 +92,7 @@ def time_variant(
     alone = time_call(lambda: [runner.step(images, t) for _ in steps], device)
     return alone / n, time_call(train, device) / n, views / n
 
-# %% ../../nbs/bench/measure.ipynb #c20f88a4
+# %% ../../nbs/bench/measure.ipynb #97c66ec3
 def rss_bytes(
     what: str # "VmRSS": now; "VmHWM": at most since the last reset
 ) -> int|None: # None where the system does not tell
@@ -105,7 +105,7 @@ def peak_memory(
     model: torch.nn.Module, # whose weights are counted in
     device: torch.device
 ) -> float|None: # MB; None where the system does not tell
-    "Peak memory while `f` runs. CUDA: allocated, CUDA graphs apart; Linux CPU: weights, and growth of the resident set."
+    "Peak memory while `f` runs. CUDA: allocated, CUDA graphs apart; Linux CPU: weights, and growth of resident memory."
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         f()

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TimedProcessGroup', 'time_steps', 'random_picture', 'time_decoding', 'measure_scaling', 'main', 'scaling_table']
 
-# %% ../../nbs/bench/scaling.ipynb #a5af32f1
+# %% ../../nbs/bench/scaling.ipynb #1fb376f4
 import argparse, os, statistics, sys, tempfile, time
 from pathlib import Path
 import numpy as np
@@ -15,18 +15,14 @@ from ..algorithms import FineSSL
 from ..backbone import load_backbone
 from ..data import Dataset
 from ..devices import exchange_bytes
-from ..engine.batches import make_batch
 from ..engine.environment import environment
 from ..engine.images import read_image
 from ..engine.launch import launch
-from ..engine.checkpoint import TrainState
-from ..engine.metrics import MetricAccumulator, NonFiniteGuard
-from ..engine.prefetch import make_fetcher
 from ..engine.processes import ProcessGroup
 from ..engine.schedule import PAPER_SCHEDULE, cosine_lr
 from ..engine.storage import write_json
 from ..peft import build_model, trainable_state_dict
-from ..training import build_optimizer, train_step
+from ..training import Runtime, Settings, batches, build_state, prepare, train_step
 from ..views import IMAGENET_MEAN, IMAGENET_STD, natural_views
 
 # %% ../../nbs/bench/scaling.ipynb #3e5aa46f
@@ -43,7 +39,7 @@ class TimedProcessGroup(ProcessGroup):
     def gather(self, mine, rows): return self.timed(super().gather, mine, rows)
     def sum_gradients(self, parameters): return self.timed(super().sum_gradients, parameters)
 
-# %% ../../nbs/bench/scaling.ipynb #900e41e9
+# %% ../../nbs/bench/scaling.ipynb #86582bbf
 def time_steps(
     encoder, # frozen; random weights will do
     batch: int, # labelled images of all processes together; as many unlabelled ones, a weak and two strong views each
@@ -51,22 +47,17 @@ def time_steps(
     n_prompts: int, n_classes: int = 100
 ) -> dict: # milliseconds, a list over steps each: whole steps, the exchanges in them
     "Time training steps on random images; called by each of several processes."
-    group, algorithm, schedule = TimedProcessGroup("cpu"), FineSSL(), PAPER_SCHEDULE
+    group, views = TimedProcessGroup("cpu"), natural_views(encoder.image_size, IMAGENET_MEAN, IMAGENET_STD)
     x = torch.randint(0, 256, (256, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     y = torch.arange(len(x)) % n_classes
     dataset = Dataset(x, y, x, y, x[:0], y[:0], tuple(map(str, range(n_classes))))
-    model = build_model(encoder, n_classes, n_prompts=n_prompts)
-    views = natural_views(encoder.image_size, IMAGENET_MEAN, IMAGENET_STD)
-    state = TrainState(model, build_optimizer(model, schedule, .9, 5e-4), algorithm.init(len(x), n_classes),
-                       MetricAccumulator(y, "cpu"), NonFiniteGuard("cpu"))
-    fetch = make_fetcher(x, "cpu")
-    out = {"step_ms": [], "exchange_ms": []}
+    settings = Settings(PAPER_SCHEDULE, batch, n_prompts=n_prompts, precision="float32", views=views)
+    setup = prepare(dataset, encoder, FineSSL(), settings, Runtime("cpu", compile=False, prefetch_depth=0), group)
+    state, images, out = build_state(setup), batches(setup, 0), {"step_ms": [], "exchange_ms": []}
     for t in range(steps + 1):
         group.barrier()
         start, group.seconds = time.perf_counter(), 0.
-        images = make_batch(dataset, views, algorithm, fetch, fetch, 0, t, batch, 1, schedule,
-                            shard=(group.rank, group.world_size))
-        train_step(state, images, algorithm, cosine_lr(schedule, t), "cpu", group=group)
+        train_step(state, next(images), setup.algorithm, cosine_lr(PAPER_SCHEDULE, t), "cpu", group=group)
         group.barrier()
         seconds = {"step_ms": time.perf_counter() - start, "exchange_ms": group.seconds}
         for k, s in seconds.items(): out[k].append(round(1e3 * s, 2))
