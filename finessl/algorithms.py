@@ -38,9 +38,9 @@ def relative_weights(
     if weights == "mask": return mask.to(a_ulb_w.dtype)
     raise ValueError(f'weights must be "confidence", "ones" or "mask", got {weights!r}')
 
-# %% ../nbs/08_algorithms.ipynb #dfa99236
+# %% ../nbs/08_algorithms.ipynb #bed80175
 def main_losses(
-    batch: BatchLogits, # one step
+    logits: BatchLogits, # one step
     pl: Tensor, # (V*U,) int64 in [0, C), pseudo-labels of the strong views
     psi: Tensor, # (V*U,) float in [0, 1], their weights, without γ
     margins: Tensor, # (C,) float ≥ 0, from `class_margins`
@@ -50,12 +50,12 @@ def main_losses(
     if margin_on not in ("both", "unlabelled"):
         raise ValueError(f'margin_on must be "both" or "unlabelled", got {margin_on!r}')
     on_lb = margins if margin_on == "both" else torch.zeros_like(margins)
-    ulb = (psi * balanced_margin_loss(batch.z_ulb_s, pl, margins, reduction="none")).mean()
-    return balanced_margin_loss(batch.z_lb, batch.y_lb, on_lb), ulb
+    ulb = (psi * balanced_margin_loss(logits.z_ulb_s, pl, margins, reduction="none")).mean()
+    return balanced_margin_loss(logits.z_lb, logits.y_lb, on_lb), ulb
 
-# %% ../nbs/08_algorithms.ipynb #feaab0c0
+# %% ../nbs/08_algorithms.ipynb #473c1f29
 def aux_losses(
-    batch: BatchLogits, # one step
+    logits: BatchLogits, # one step
     pl: Tensor, # (V*U,) int64 in [0, C), pseudo-labels of the strong views
     mask: Tensor, # (V*U,) bool, where the main head is confident of them
     lam: float = .5, # λ in [0, 1], smoothing
@@ -63,14 +63,14 @@ def aux_losses(
     smooth_lb: bool = False # smooth the labels too, as the paper does
 ) -> tuple[Tensor, Tensor]: # scalars: labelled, unlabelled
     "Losses of the auxiliary head (FineSSL, decoupled label smoothing)."
-    C = batch.a_lb.shape[1]
-    lb = F.cross_entropy(batch.a_lb, smooth_targets(batch.y_lb, C, lam, form) if smooth_lb else batch.y_lb)
-    ulb = F.cross_entropy(batch.a_ulb_s, smooth_targets(pl, C, lam, form), reduction="none")
+    C = logits.a_lb.shape[1]
+    lb = F.cross_entropy(logits.a_lb, smooth_targets(logits.y_lb, C, lam, form) if smooth_lb else logits.y_lb)
+    ulb = F.cross_entropy(logits.a_ulb_s, smooth_targets(pl, C, lam, form), reduction="none")
     return lb, masked_mean(ulb, mask)
 
-# %% ../nbs/08_algorithms.ipynb #cfbd9cef
+# %% ../nbs/08_algorithms.ipynb #f86fbb85
 def finessl_parts(
-    batch: BatchLogits, # one step, every field but idx_ulb
+    logits: BatchLogits, # one step, every field but idx_ulb
     margins: Tensor, # (C,) float ≥ 0, from `class_margins`
     zeta: float = .7, lam: float = .5, form: str = "code", # as in `finessl_loss`
     smooth_lb: bool|None = None, # see `aux_losses`; None: in the paper's form only
@@ -78,15 +78,15 @@ def finessl_parts(
     margin_on: str = "both" # see `main_losses`
 ) -> dict[str, Tensor]: # scalars lb, ulb (without γ), aux_lb, aux_ulb
     "The four losses of one step (FineSSL, total objective)."
-    V, rest = divmod(len(batch.z_ulb_s), len(batch.z_ulb_w))
-    if rest: raise ValueError(f"z_ulb_s must hold V strong views of each of the {len(batch.z_ulb_w)} weak ones, "
-                              f"got {len(batch.z_ulb_s)}")
-    conf, pl = batch.z_ulb_w.detach().softmax(1).max(1)
+    V, rest = divmod(len(logits.z_ulb_s), len(logits.z_ulb_w))
+    if rest: raise ValueError(f"z_ulb_s must hold V strong views of each of the {len(logits.z_ulb_w)} weak ones, "
+                              f"got {len(logits.z_ulb_s)}")
+    conf, pl = logits.z_ulb_w.detach().softmax(1).max(1)
     mask = conf >= zeta
-    psi = relative_weights(batch.a_ulb_w, mask, weights)
+    psi = relative_weights(logits.a_ulb_w, mask, weights)
     smooth_lb = form == "paper" if smooth_lb is None else smooth_lb
-    lb, ulb = main_losses(batch, pl.repeat(V), psi.repeat(V), margins, margin_on)
-    aux_lb, aux_ulb = aux_losses(batch, pl.repeat(V), mask.repeat(V), lam, form, smooth_lb)
+    lb, ulb = main_losses(logits, pl.repeat(V), psi.repeat(V), margins, margin_on)
+    aux_lb, aux_ulb = aux_losses(logits, pl.repeat(V), mask.repeat(V), lam, form, smooth_lb)
     return {"lb": lb, "ulb": ulb, "aux_lb": aux_lb, "aux_ulb": aux_ulb}
 
 # %% ../nbs/08_algorithms.ipynb #e5cb34ee
@@ -111,8 +111,8 @@ def finessl_loss(
     "The loss of FineSSL (Gan & Wei 2024, total objective), in the paper's form or the released code's."
     check_range("gamma", gamma)
     check_range("zeta", zeta, 0, 1)
-    batch = BatchLogits(z_lb, y_lb, z_ulb_w, z_ulb_s, a_lb, a_ulb_w, a_ulb_s)
-    parts = finessl_parts(batch, margins, zeta, lam, form)
+    logits = BatchLogits(z_lb, y_lb, z_ulb_w, z_ulb_s, a_lb, a_ulb_w, a_ulb_s)
+    parts = finessl_parts(logits, margins, zeta, lam, form)
     return total_loss(parts, gamma), parts
 
 # %% ../nbs/08_algorithms.ipynb #a9487bcb
@@ -156,7 +156,7 @@ class FineSSLSettings:
             if getattr(self, name) is None: object.__setattr__(self, name, value)
         validate_settings(self)
 
-# %% ../nbs/08_algorithms.ipynb #552b8c5d
+# %% ../nbs/08_algorithms.ipynb #db3df966
 @dataclasses.dataclass(frozen=True)
 class FineSSL(FineSSLSettings):
     "FineSSL (Gan & Wei 2024); its settings are the arguments of `FineSSLSettings`."
@@ -175,11 +175,11 @@ class FineSSL(FineSSLSettings):
         m = class_margins(state["pace"].counts, self.alpha, self.margin_form)
         return {"own": m, "averaged": m.mean().expand_as(m), "permuted": m.roll(len(m) // 2)}[self.margins]
 
-    def __call__(self, batch: BatchLogits, state: dict) -> tuple[Tensor, dict]: # loss, metrics without gradient
+    def __call__(self, logits: BatchLogits, state: dict) -> tuple[Tensor, dict]: # loss, metrics without gradient
         "One step: margins, loss, then the table."
-        conf, pl = batch.z_ulb_w.detach().softmax(1).max(1)
-        parts = finessl_parts(batch, self.class_margins(state), self.zeta, self.lam, self.smooth_form,
+        conf, pl = logits.z_ulb_w.detach().softmax(1).max(1)
+        parts = finessl_parts(logits, self.class_margins(state), self.zeta, self.lam, self.smooth_form,
                               self.smooth_lb, self.weights, self.margin_on)
-        state["pace"].update(batch.idx_ulb, conf, pl)
+        state["pace"].update(logits.idx_ulb, conf, pl)
         metrics = {k: v.detach() for k, v in parts.items()} | {"pl": pl, "conf": conf, "mask": conf >= self.zeta}
         return total_loss(parts, self.gamma), metrics

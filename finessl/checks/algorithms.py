@@ -71,19 +71,19 @@ def check_finessl_algorithm(make):
     "Assert that `make(**arguments)` gives an algorithm that meets the specification of `FineSSL`."
     from finessl.pseudo_labels import BatchLogits
     z, y, idx = torch.tensor([[4., 0., 0.], [4., 0., 0.], [0., 4., 0.]]), torch.tensor([1, 2]), torch.tensor([0, 1, 2])
-    batch = lambda V: BatchLogits(z[:2], y, z, z.repeat(V, 1), z[:2], z, z.repeat(V, 1), idx)
+    logits = lambda V: BatchLogits(z[:2], y, z, z.repeat(V, 1), z[:2], z, z.repeat(V, 1), idx)
     one, plain = make(), make(alpha=0.)
     state = one.init(5, 3, None)
-    loss, metrics = one(batch(one.n_strong), state)
-    assert_close(loss, plain(batch(plain.n_strong), plain.init(5, 3, None))[0]) # an empty table: no margins yet
+    loss, metrics = one(logits(one.n_strong), state)
+    assert_close(loss, plain(logits(plain.n_strong), plain.init(5, 3, None))[0]) # an empty table: no margins yet
     assert state["pace"].counts.tolist() == [2, 1, 0]                           # … and now it is not empty
-    assert one(batch(one.n_strong), state)[0] > loss                            # margins make the same step cost more
+    assert one(logits(one.n_strong), state)[0] > loss                            # margins make the same step cost more
     assert metrics["pl"].tolist() == [0, 0, 1] and metrics["mask"].all()
     assert not any(v.requires_grad for v in metrics.values())
     assert (make().n_strong, make(form="paper").n_strong) == (2, 1)
     for form, empties in (("code", True), ("paper", False)):
         a, state = make(form=form), make(form=form).init(5, 3, None)
-        a(batch(a.n_strong), state)
+        a(logits(a.n_strong), state)
         a.reset_pace(state)
         assert (state["pace"].counts.sum() == 0) == empties                     # the code empties the table
     for k, v in (("gamma", -1.), ("lam", 2.), ("zeta", -.1), ("alpha", -1.), ("alpha", math.inf), ("gamma", math.inf),
