@@ -60,11 +60,14 @@ class Settings:
 class Runtime:
     "How a run is computed; none of it changes the result beyond rounding."
     device: object = None # None: FINESSL_DEVICE, else cuda, mps, cpu
-    compile: bool|str|None = None # torch.compile for the encoder: True, a mode of it, or False; None: where it is served
+    # torch.compile for the encoder: True, a mode of it, or False; None: where it is served
+    compile: bool|str|None = None
     prefetch_depth: int|None = None # steps whose images are made in advance; None: 2 on a GPU or with files, else 0
-    accumulate: int = 1 # pieces that a batch is computed in: the same update with less memory, at about a third more time
+    # pieces that a batch is computed in: the same update with less memory, at about a third more time
+    accumulate: int = 1
     checkpoint_every: int|None = None # steps
-    progress: bool|str|None = None # None: a bar in a terminal or a notebook; "lines": a line at each evaluation, for a log
+    # None: a bar in a terminal or a notebook; "lines": a line at each evaluation, for a log
+    progress: bool|str|None = None
     command: str|None = None # for the record
 
 # %% ../nbs/13_training.ipynb #88b67663
@@ -73,7 +76,8 @@ RENAMED = {"depth": "prefetch_depth", "clear_every": "reset_pace_every"} # keywo
 def read_keywords(settings: Settings|None, runtime: Runtime|None, keywords: dict) -> tuple[Settings, Runtime]:
     "Settings and Runtime with keywords put in; steps, lr, decay and reset_pace_every go to the schedule."
     settings, runtime, schedule = settings or Settings(), runtime or Runtime(), {}
-    known = {f.name: kind for kind in (Settings, Runtime) for f in fields(kind)} | dict.fromkeys(Schedule._fields, Schedule)
+    known = {f.name: kind for kind in (Settings, Runtime) for f in fields(kind)} | dict.fromkeys(Schedule._fields,
+                                                                                                 Schedule)
     parts = {kind: {} for kind in (Settings, Runtime, Schedule)}
     for name, value in keywords.items():
         if name in RENAMED: raise TypeError(f"{name} is now called {RENAMED[name]}")
@@ -86,7 +90,8 @@ def read_keywords(settings: Settings|None, runtime: Runtime|None, keywords: dict
     return settings, replace(runtime, **parts[Runtime])
 
 # %% ../nbs/13_training.ipynb #3ff77fea
-def validate(dataset: Dataset, algorithm, settings: Settings, runtime: Runtime = Runtime(), world_size: int = 1) -> None:
+def validate(dataset: Dataset, algorithm, settings: Settings, runtime: Runtime = Runtime(),
+             world_size: int = 1) -> None:
     "Raise a ValueError that says which value was given and what is allowed."
     s, parts = settings, world_size * runtime.accumulate
     check_dataset(dataset)
@@ -119,7 +124,8 @@ class Setup(NamedTuple):
     group: ProcessGroup
     recorded: dict # the settings as JSON, data, encoder and algorithm included
 
-RECORDED = ("peft", "n_prompts", "batch", "mu", "momentum", "weight_decay", "seed", "init_seed", "labelled", "precision",
+RECORDED = ("peft", "n_prompts", "batch", "mu", "momentum", "weight_decay", "seed", "init_seed", "labelled",
+            "precision",
             "evals", "prompt_init") # fields of Settings that are written as they are
 
 def prepare(
@@ -138,7 +144,8 @@ def prepare(
                        init_seed=settings.seed if settings.init_seed is None else settings.init_seed,
                        n_prompts=n_prompts if settings.peft == "vpt" else 0,
                        precision=settings.precision or group.broadcast_object(begun) or default_precision(device))
-    runtime = replace(runtime, device=device, compile=supports_compile(device) if runtime.compile is None else runtime.compile,
+    runtime = replace(runtime, device=device,
+                      compile=supports_compile(device) if runtime.compile is None else runtime.compile,
                       prefetch_depth=default_prefetch_depth(dataset, device) if depth is None else depth)
     recorded = build_settings(dataset, encoder, algorithm, settings.views, settings.schedule,
                               **{name: getattr(settings, name) for name in RECORDED})
@@ -195,7 +202,8 @@ def run_evaluation(setup: Setup, state: TrainState, timer: Timer):
     state.guard.check()
     timer.lap("seconds")
     with memory_advice(EVAL_ADVICE):
-        scores, state.test_logits = evaluate(state.model.eval(), setup.dataset, s.views.eval_view, group.device, s.precision, group)
+        scores, state.test_logits = evaluate(state.model.eval(), setup.dataset, s.views.eval_view, group.device,
+                                             s.precision, group)
     group.assert_same({"sha256": weights_sha256(state.model)} if group.world_size > 1 else {}, "weights")
     state.log["evaluations"].append({"step": state.step, "lr": lr} | state.meter.read() | scores)
     timer.lap("eval_seconds")
@@ -205,13 +213,15 @@ def batches(setup: Setup, start: int): # iterator over dicts, from `start` on
     "The images of all steps that are left, made in advance where that helps."
     s, dataset, group = setup.settings, setup.dataset, setup.group
     lb, ulb = make_fetcher(dataset.x_lb, group.device), make_fetcher(dataset.x_ulb, group.device)
-    make = lambda t: make_batch(dataset, s.views, setup.algorithm, lb, ulb, s.seed, t, s.batch, s.mu, s.schedule, s.labelled,
+    make = lambda t: make_batch(dataset, s.views, setup.algorithm, lb, ulb, s.seed, t, s.batch, s.mu, s.schedule,
+                                s.labelled,
                                 (group.rank, group.world_size))
     return prefetch(make, range(start, s.schedule.steps), setup.runtime.prefetch_depth, group.device)
 
 def train(setup: Setup, state: TrainState, folder: Path|None = None, stop: GracefulStop|None = None) -> None:
     "Take the steps that are left: step; evaluate, save and stop where it is due."
-    s, r, group, schedule, algorithm = setup.settings, setup.runtime, setup.group, setup.settings.schedule, setup.algorithm
+    s, r, group, algorithm = setup.settings, setup.runtime, setup.group, setup.algorithm
+    schedule = s.schedule
     exclude_files(setup.dataset, state.log["unreadable"])
     eval_at, timer = {math.ceil(schedule.steps * i / s.evals) for i in range(1, s.evals + 1)}, Timer(state.log)
     compute = compute_logits
@@ -219,9 +229,11 @@ def train(setup: Setup, state: TrainState, folder: Path|None = None, stop: Grace
     with (ProgressBar(state, schedule.steps, type(algorithm).__name__, r.progress, group.is_main) as bar,
           stop_on_signal(stop, group) as asked, contextlib.closing(batches(setup, state.step)) as images):
         while state.step < schedule.steps:
-            if pace_is_due(schedule, state.step) and hasattr(algorithm, "reset_pace"): algorithm.reset_pace(state.algorithm)
+            if pace_is_due(schedule, state.step) and hasattr(algorithm, "reset_pace"):
+                algorithm.reset_pace(state.algorithm)
             with memory_advice(step_advice(s.batch, r.accumulate)):
-                train_step(state, next(images), algorithm, cosine_lr(schedule, state.step), group.device, s.precision, compute,
+                train_step(state, next(images), algorithm, cosine_lr(schedule, state.step), group.device, s.precision,
+                           compute,
                            group, r.accumulate)
             last, end = state.step == schedule.steps, group.any_rank(asked.requested)
             if state.step in eval_at:
@@ -240,13 +252,15 @@ def pace_is_due(schedule: Schedule, step: int) -> bool:
     "Whether the pace table is cleared before this step."
     return bool(schedule.reset_pace_every and step and step % schedule.reset_pace_every == 0)
 
-def stop_on_signal(stop: GracefulStop|None, group: ProcessGroup): # stop: of a caller, who sees to a Ctrl-C in the last step
+# stop: of a caller, who sees to a Ctrl-C in the last step
+def stop_on_signal(stop: GracefulStop|None, group: ProcessGroup):
     "The caller's stop, or one of our own; a launcher sends a Ctrl-C twice to each of several processes."
     return GracefulStop(debounce=float(group.world_size > 1)) if stop is None else contextlib.nullcontext(stop)
 
 def runtime_of(setup: Setup) -> dict:
     "What may change at a resume, and is named then."
-    how = {"processes": setup.group.world_size, "accumulate": setup.runtime.accumulate, "compile": setup.runtime.compile}
+    how = {"processes": setup.group.world_size, "accumulate": setup.runtime.accumulate,
+           "compile": setup.runtime.compile}
     return runtime_info(setup.group.device) | how
 
 def save_progress(setup: Setup, state: TrainState, folder: Path, timer: Timer):
@@ -277,18 +291,21 @@ def fit(
     overwrite: bool = False, # write into an `out` that holds a finished run
     **keywords # fields of Settings, Runtime and Schedule
 ) -> TrainedRun:
-    "Train prompts and heads on a frozen encoder with any algorithm; the paper's optimizer and schedule are the defaults."
+    ("Train prompts and heads on a frozen encoder with any algorithm; the paper's optimizer and schedule are the "
+     "defaults.")
     settings, runtime = read_keywords(settings, runtime, keywords)
     folder, group = None if out is None else Path(out), ProcessGroup(runtime.device)
     with fail_together(group):
         setup = prepare(dataset, backbone, algorithm, settings, runtime, group, folder if resume else None)
         state = build_state(setup)
-        with (run_folder(folder if group.is_main else None, overwrite), stop_on_signal(None, group) as stop, resume_hints(folder)):
+        with (run_folder(folder if group.is_main else None, overwrite), stop_on_signal(None, group) as stop,
+              resume_hints(folder)):
             if resume and folder is not None: resume_from(folder, state, setup.recorded, runtime_of(setup), group)
             train(setup, state, folder, stop)
             run = finish(setup, state)
             if folder is not None and group.is_main: save_run(run, folder)
             group.barrier()
         if stop.requested:
-            raise KeyboardInterrupt(f"stopped after the last step{'' if folder is None else ', record and model written'}")
+            kept = "" if folder is None else ", record and model written"
+            raise KeyboardInterrupt(f"stopped after the last step{kept}")
     return run

@@ -8,7 +8,7 @@ __all__ = ['CLIP_MEAN', 'CLIP_STD', 'IMAGENET_MEAN', 'IMAGENET_STD', 'CIFAR10_ME
            'affine_theta', 'warp', 'cutout', 'DigitView', 'Views', 'digit_views', 'show_views', 'crop_flip',
            'NaturalView', 'natural_views', 'default_views']
 
-# %% ../nbs/10_views.ipynb #2d61a53b
+# %% ../nbs/10_views.ipynb #e0911691
 from dataclasses import dataclass
 from typing import NamedTuple
 import torch
@@ -19,12 +19,9 @@ from .engine.prefetch import to_device
 
 # %% ../nbs/10_views.ipynb #0a2db0e9
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711) # OpenAI's CLIP encoders
-
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)          # many timm encoders; the release on other data
-
-CIFAR10_MEAN, CIFAR10_STD = (0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616)      # the release on CIFAR-10
-
-CIFAR100_MEAN, CIFAR100_STD = (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)    # the release on CIFAR-100
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)      # many timm encoders; release, else
+CIFAR10_MEAN, CIFAR10_STD = (0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616)  # the release on CIFAR-10
+CIFAR100_MEAN, CIFAR100_STD = (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761) # the release on CIFAR-100
 
 NORMALISATION = {"clip": (CLIP_MEAN, CLIP_STD), "imagenet": (IMAGENET_MEAN, IMAGENET_STD),
                  "cifar10": (CIFAR10_MEAN, CIFAR10_STD), "cifar100": (CIFAR100_MEAN, CIFAR100_STD)}
@@ -55,7 +52,8 @@ def check_images(
 ) -> Tensor: # `x` itself
     "Raise `ValueError` unless `x` is a batch of colour images, uint8 (B, 3, H, W)."
     if not isinstance(x, Tensor): raise ValueError(f"images must be a tensor, got {type(x).__name__}")
-    if x.dtype != torch.uint8: raise ValueError(f"images must be uint8 in 0..255, got {str(x.dtype).removeprefix('torch.')}")
+    kind = str(x.dtype).removeprefix("torch.")
+    if x.dtype != torch.uint8: raise ValueError(f"images must be uint8 in 0..255, got {kind}")
     if x.ndim != 4 or x.shape[1] != 3: raise ValueError(f"images must have shape (B, 3, H, W), got {tuple(x.shape)}")
     return x
 
@@ -73,7 +71,7 @@ def resize(
 # %% ../nbs/10_views.ipynb #135585dc
 @dataclass(frozen=True)
 class View:
-    "Resize straight to `size` and normalise; views with randomness override `draw` and `apply`."
+    "Resize straight to `size` and normalise; views with randomness override `sample_params` and `apply`."
     size: int # edge of the result, px
     mean: tuple[float, float, float] = CLIP_MEAN # of the channels, in 0..1
     std: tuple[float, float, float] = CLIP_STD # of the channels, in 0..1
@@ -84,7 +82,7 @@ class View:
             raise ValueError(f"mean and std need 3 numbers each, std > 0, got {self.mean} and {self.std}")
 
     def sample_params(self, n: int, generator: torch.Generator) -> dict[str, Tensor]:
-        "Parameters of `n` images from a CPU generator: CPU tensors with `n` rows, one per image, independent of each other."
+        "Parameters of `n` images from a CPU generator: CPU tensors with `n` rows, one per image, all independent."
         return {}
 
     def apply(self, x: Tensor, params: dict[str, Tensor]) -> Tensor:
@@ -92,12 +90,13 @@ class View:
         return resize(x, (self.size, self.size))
 
     def __call__(self, x: Tensor, params: dict[str, Tensor] | None = None) -> Tensor:
-        "uint8 (B, 3, H, W) on any device to normalised float32 (B, 3, size, size) there; row i of `params` for image i."
+        "uint8 (B, 3, H, W) on any device to normalised float32 (B, 3, size, size) there; row i for image i."
         check_images(x)
         if params is None and type(self).sample_params is not View.sample_params:
-            raise ValueError("this view is random: give it the parameters that its draw(n, generator) returns")
+            raise ValueError("this view is random: give it what its sample_params(n, generator) returns")
         for name, rows in (params or {}).items():
-            if len(rows) != len(x): raise ValueError(f"{len(x)} images need {len(x)} rows of parameters, got {len(rows)} rows of {name!r}")
+            if len(rows) != len(x):
+                raise ValueError(f"{len(x)} images need {len(x)} rows of parameters, got {len(rows)} rows of {name!r}")
         return normalise(self.apply(x, params or {}), self.mean, self.std)
 
 # %% ../nbs/10_views.ipynb #49a94d0a
@@ -158,7 +157,8 @@ class DigitView(View):
         x = resize(x, (self.size, self.size))
         x = warp(x, affine_theta(params["rotate"], params["shear"], params["scale"], params["shift"] / 16))
         if self.contrast or self.brightness:
-            gain, bias = to_device(torch.stack([1 + params["contrast"], params["brightness"]])[:, :, None, None, None], x.device)
+            change = torch.stack([1 + params["contrast"], params["brightness"]])[:, :, None, None, None]
+            gain, bias = to_device(change, x.device)
             x = ((x - 127.5) * gain + 127.5 + bias).clamp_(0, 255)
         edge = round(self.cutout * self.size / 32)
         centre = (params["hole"] + 1) / 2 * self.size
@@ -197,7 +197,8 @@ def show_views(
     "A row per image: the image itself, then `n` draws of `view`."
     from matplotlib import pyplot as plt
     rows, g = len(x), torch.Generator().manual_seed(seed)
-    views = denormalise(view(x.repeat_interleave(n, 0), view.sample_params(rows * n, g)), view.mean, view.std).unflatten(0, (rows, n))
+    views = view(x.repeat_interleave(n, 0), view.sample_params(rows * n, g))
+    views = denormalise(views, view.mean, view.std).unflatten(0, (rows, n))
     pictures = torch.cat([resize(x, (view.size, view.size))[:, None], views], 1)
     pictures = F.pad(pictures, (1, 1, 1, 1), value=255) # a white seam
     fig, ax = plt.subplots(figsize=(8, 8 * rows / (n + 1) + .3), layout="constrained")
@@ -212,7 +213,7 @@ def crop_flip(
     flip: Tensor, # (B,) bool, mirror left and right
     size: int # edge of the crop, px
 ) -> Tensor: # (B, 3, size, size) uint8
-    "Resize the short edge to size·256/224, pad by reflection with size/8, crop, flip (the released trainer's weak view)."
+    "Resize the short edge to size·256/224, pad by reflection with size/8, crop, flip (the release's weak view)."
     h, w = x.shape[-2:]
     short, pad = round(size * 256 / 224), size // 8
     h, w = (short, int(short * w / h)) if h <= w else (int(short * h / w), short)
@@ -227,7 +228,7 @@ def crop_flip(
 # %% ../nbs/10_views.ipynb #1ca5a3a9
 @dataclass(frozen=True)
 class NaturalView(View):
-    "Resize, reflect-padded crop, flip; then `n_ops` operations of RandAugment and a cutout (the released trainer's views)."
+    "Resize, reflect-padded crop, flip; then `n_ops` operations of RandAugment and a cutout (the release's views)."
     n_ops: int = 0 # operations drawn, each applied with probability 1/2
     cutout: int = 0 # nominal edge of the grey square, px; 0: none
 
@@ -235,7 +236,8 @@ class NaturalView(View):
         def whole(lo, hi): return torch.randint(lo, hi, (n, self.n_ops), generator=generator)
         params = dict(crop=torch.rand(n, 2, generator=generator), flip=torch.rand(n, generator=generator) < .5)
         if self.n_ops:
-            params |= dict(op=whole(0, len(OPERATIONS)).where(whole(0, 2) == 1, -1), level=whole(1, 10), sign=2 * whole(0, 2) - 1)
+            params |= dict(op=whole(0, len(OPERATIONS)).where(whole(0, 2) == 1, -1), level=whole(1, 10),
+                           sign=2 * whole(0, 2) - 1)
         if self.cutout: params |= dict(hole=torch.rand(n, 2, generator=generator))
         return params
 

@@ -12,14 +12,16 @@ from safetensors.torch import load_file, save_file
 import open_clip
 import timm
 
-from finessl.engine.errors import BackboneError
-from finessl.engine.encoders import byte_tokens
-from finessl.backbone import load_backbone, tiny_encoder, tiny_kinds
-from finessl.engine.weights import read_weights
+from finessl import backbone
+from finessl.backbone import load_backbone
 from finessl.checks import assert_close
-from finessl.checks.backbone import check_encoder
-from finessl.checks.peft import check_vpt
-from finessl.peft import VPT, CosineHead, TwoHeadModel, ReferenceVPT
+from finessl.checks.backbone import check_encoder, tiny_encoder, tiny_kinds
+from finessl.checks.peft import check_peft, check_vpt
+from finessl.engine import downloads, encoders, weights
+from finessl.engine.encoders import byte_tokens
+from finessl.engine.errors import BackboneError, MissingError
+from finessl.engine.weights import read_weights
+from finessl.peft import VPT, CosineHead, NoPEFT, ReferenceVPT, TwoHeadModel
 
 
 @pytest.fixture(scope="module")
@@ -79,22 +81,21 @@ def test_open_clip_file_gives_open_clip_features_and_captions(clip):
     check_encoder(encoder)
 
 
-@pytest.mark.parametrize("wrap",
-                         [lambda d: d, lambda d: {"state_dict": d},
-                          lambda d: {"epoch": 3, "model": {f"module.{k}": v for k, v in d.items()}},
-                                  lambda d: {f"model.{k}": v for k, v in d.items()}])
+@pytest.mark.parametrize("wrap", [
+    lambda d: d, lambda d: {"state_dict": d}, lambda d: {f"model.{k}": v for k, v in d.items()},
+    lambda d: {"epoch": 3, "model": {f"module.{k}": v for k, v in d.items()}}])
 def test_wrappings_of_a_training_checkpoint(vit, tmp_path, wrap):
     model, path = vit
     torch.save(wrap(model.state_dict()), tmp_path / "mine.pth")
-    assert load_backbone("timm:test_vit", checkpoint=tmp_path / "mine.pth").hash == load_backbone("timm:test_vit",
-                                                                                                  checkpoint=str(path)).hash
+    mine, theirs = (load_backbone("timm:test_vit", checkpoint=p) for p in (tmp_path / "mine.pth", str(path)))
+    assert mine.hash == theirs.hash
 
 
 def test_image_tower_alone_has_no_captions(clip, tmp_path):
     model, path = clip
     save_file(model.visual.state_dict(), tmp_path / "tower.safetensors")
-    encoder, whole = (load_backbone("open_clip:finessl-test-clip", checkpoint=p)
-                      for p in (tmp_path / "tower.safetensors", path))
+    files = tmp_path / "tower.safetensors", path
+    encoder, whole = (load_backbone("open_clip:finessl-test-clip", checkpoint=p) for p in files)
     x = torch.randn(2, 3, 32, 32)
     assert_close(encoder(x), whole(x), atol=0)
     assert encoder.text(["a cat"]) is None and encoder.proj.shape == (48, 24)
@@ -103,8 +104,8 @@ def test_image_tower_alone_has_no_captions(clip, tmp_path):
 def test_open_clip_names_in_a_timm_model(tmp_path):
     "OpenAI's image tower under timm's name gives the same feature."
     torch.manual_seed(0)
-    tower = open_clip.CLIP(16, dict(image_size=224, patch_size=32, width=768, layers=12, head_width=64),
-                           dict(width=8, heads=1, layers=1, vocab_size=9), quick_gelu=True).visual.eval()
+    vision = dict(image_size=224, patch_size=32, width=768, layers=12, head_width=64)
+    tower = open_clip.CLIP(16, vision, dict(width=8, heads=1, layers=1, vocab_size=9), quick_gelu=True).visual.eval()
     save_file({f"visual.{k}": v.contiguous() for k, v in tower.state_dict().items()}, tmp_path / "b32.safetensors")
     encoder = load_backbone("timm:vit_base_patch32_clip_quickgelu_224", checkpoint=tmp_path / "b32.safetensors")
     x = torch.randn(1, 3, 224, 224)
@@ -117,13 +118,12 @@ def test_wrong_files_are_named(vit, clip, tmp_path):
                        ("open_clip:finessl-test-clip", path), ("timm:vit_tiny_patch16_224", path)):
         message = failure(name, checkpoint=file)
         assert str(file) in message and name in message and ("missing, first '" in message or "has shape" in message)
-    weights = model.state_dict()
-    weights["blocks.0.mlp.fc1.weight"] = torch.zeros(3, 4)
-    save_file(weights, tmp_path / "shape.safetensors")
-    assert "'blocks.0.mlp.fc1.weight' has shape (3, 4) instead of" in failure("timm:test_vit",
-                                                                              checkpoint=tmp_path / "shape.safetensors")
-    del weights["blocks.0.mlp.fc1.weight"]
-    save_file(weights | {"surprise": torch.zeros(1)}, tmp_path / "keys.safetensors")
+    tensors, shape = model.state_dict(), tmp_path / "shape.safetensors"
+    tensors["blocks.0.mlp.fc1.weight"] = torch.zeros(3, 4)
+    save_file(tensors, shape)
+    assert "'blocks.0.mlp.fc1.weight' has shape (3, 4) instead of" in failure("timm:test_vit", checkpoint=shape)
+    del tensors["blocks.0.mlp.fc1.weight"]
+    save_file(tensors | {"surprise": torch.zeros(1)}, tmp_path / "keys.safetensors")
     message = failure("timm:test_vit", checkpoint=tmp_path / "keys.safetensors")
     assert "1 missing, first 'blocks.0.mlp.fc1.weight'" in message and "1 not expected, first 'surprise'" in message
 
@@ -165,11 +165,11 @@ def test_other_files_and_folders(tmp_path):
 @pytest.mark.filterwarnings("ignore")
 def test_noise_is_no_weights_file(tmp_path):
     "Whatever torch's reader makes of it."
-    sample_params = random.Random(0)
+    draw = random.Random(0)
     for i in range(200):
-        (tmp_path / "noise").write_bytes(bytes(sample_params.choices(range(256) if i % 2
-                                                                     else b"train --data \n(]}.01acelpt",
-                                                                     k=sample_params.randrange(1, 60))))
+        letters = range(256) if i % 2 else b"train --data \n(]}.01acelpt"
+        length = draw.randrange(1, 60)
+        (tmp_path / "noise").write_bytes(bytes(draw.choices(letters, k=length)))
         with pytest.raises(BackboneError, match="noise"): read_weights(tmp_path / "noise")
 
 
@@ -178,16 +178,16 @@ def test_noise_is_no_weights_file(tmp_path):
     ("timm:vit_tiny_patch16_244", "'vit_tiny_patch16_224'"), ("timm:vit_tiny_patch16_224.openai", "has no weights"),
     ("open_clip:ViT-B-16-quikgelu/openai", "'ViT-B-16-quickgelu'"), ("open_clip:ViT-B-16-quickgelu/opnai", "'openai'"),
     ("open_clip:ViT-B-16/openai", "use 'open_clip:ViT-B-16-quickgelu/openai'"),
-                                        ("open_clip:ViT-B-16-quickgelu/laion2b_s34b_b88k", "no weights"),
+    ("open_clip:ViT-B-16-quickgelu/laion2b_s34b_b88k", "no weights"),
     ("timm:vit_base_patch16_clip_224.openai", "use 'timm:vit_base_patch16_clip_quickgelu_224.openai'"),
     ("timm:eva02_tiny_patch14_224", "eva models"), ("timm:beit_base_patch16_224", "beit models"),
-                                        ("timm:resnet18", "resnet models"),
-    ("timm:vit_relpos_small_patch16_224", "relpos models"), ("timm:vit_base_patch16_xp_224", "ParallelScalingBlock"),
+    ("timm:resnet18", "resnet models"), ("timm:vit_relpos_small_patch16_224", "relpos models"),
+    ("timm:vit_base_patch16_xp_224", "ParallelScalingBlock"),
     ("timm:vit_medium_patch16_gap_256", "no class token"), ("timm:beit3_base_patch16_224", "pools by 'avg'"),
-    ("open_clip:RN50/openai", "ModifiedResNet"), ("open_clip:EVA02-B-16/merged2b_s8b_b131k", "Eva"),
-                                        ("open_clip:coca_ViT-B-32/laion2b_s13b_b90k", "attention"),
-    ("open_clip:ViT-L-14-CLIPA/datacomp1b", "pools by 'avg'"), ("open_clip:ViT-B-16-SigLIP/webli", "no class token"),
-                                        ("open_clip:ViT-B-16", "pretrained weights"),
+    ("open_clip:RN50/openai", "is a ModifiedResNet"), ("open_clip:EVA02-B-16/merged2b_s8b_b131k", "is an Eva,"),
+    ("open_clip:coca_ViT-B-32/laion2b_s13b_b90k", "attention"),
+    ("open_clip:ViT-L-14-CLIPA/datacomp1b", "pools by 'avg'"),
+    ("open_clip:ViT-B-16-SigLIP/webli", "no class token"), ("open_clip:ViT-B-16", "pretrained weights"),
 ])
 def test_names_that_are_unknown_or_not_served(name, says):
     assert says in failure(name)
@@ -214,14 +214,13 @@ def test_another_image_size(vit, clip, name):
 def test_positions_keep_their_place(clip):
     "Resized positions of a smooth grid are the smooth grid again, and the class token's is untouched."
     model, path = clip
-    weights = load_file(path)
+    tensors, file = load_file(path), path.parent / "ramp.safetensors"
     ramp = torch.linspace(0, 1, 4)
-    weights["visual.positional_embedding"][1:] = (ramp[:, None] + ramp)[..., None].expand(4, 4, 48).reshape(16, 48)
-    save_file(weights, path.parent / "ramp.safetensors")
-    large = load_backbone("open_clip:finessl-test-clip", checkpoint=path.parent / "ramp.safetensors",
-                          image_size=64).trunk.positional_embedding
+    tensors["visual.positional_embedding"][1:] = (ramp[:, None] + ramp)[..., None].expand(4, 4, 48).reshape(16, 48)
+    save_file(tensors, file)
+    large = load_backbone("open_clip:finessl-test-clip", checkpoint=file, image_size=64).trunk.positional_embedding
     grid = large[1:].view(8, 8, 48)[..., 0]
-    assert_close(large[0], weights["visual.positional_embedding"][0], atol=0)
+    assert_close(large[0], tensors["visual.positional_embedding"][0], atol=0)
     assert (grid.diff(dim=0) > -.05).all() and (grid.diff(dim=1) > -.05).all() and abs(float(grid.mean()) - 1) < .02
 
 
@@ -231,31 +230,31 @@ from finessl.backbone import BackboneError, load_backbone
 for name in sys.argv[1:]:
     start = time.time()
     try: print(f"hash|{load_backbone(name).hash}|")
-    except BackboneError as error: print(f"{time.time() - start:.2f}|{error}|{' '.join({'timm', 'open_clip'} & set(sys.modules))}")
+    except BackboneError as error:
+        print(f"{time.time() - start:.2f}|{error}|{' '.join({'timm', 'open_clip'} & set(sys.modules))}")
 """
 
 
 def ask(names, **env):
     "Load encoders in a process with an empty cache and a hub of our own; what it says of each."
-    env = {k: v for k,
-           v in os.environ.items()
-           if k not in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")} | env | dict(OMP_NUM_THREADS="1", no_proxy="*")
+    env = {k: v for k, v in os.environ.items() if k not in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")} | env
+    env |= dict(OMP_NUM_THREADS="1", no_proxy="*")
     out = subprocess.run([sys.executable, "-c", ASK, *names], env=env, capture_output=True, text=True, timeout=300)
     assert out.returncode == 0, out.stderr
     return [line.split("|") for line in out.stdout.strip().splitlines()]
 
 
-@pytest.mark.parametrize("env, why",
-                         [(dict(HF_ENDPOINT="http://127.0.0.1:9"), "refused"),
-                          (dict(HF_ENDPOINT="http://10.255.255.1"), ""),
-                                      (dict(HF_HUB_OFFLINE="1"), "HF_HUB_OFFLINE is set")])
+@pytest.mark.parametrize("env, why", [
+    (dict(HF_ENDPOINT="http://127.0.0.1:9"), "refused"), (dict(HF_ENDPOINT="http://10.255.255.1"), ""),
+    (dict(HF_HUB_OFFLINE="1"), "HF_HUB_OFFLINE is set")])
 def test_no_network_is_said_within_five_seconds(tmp_path, env, why):
+    dino = "vit_base_patch14_dinov2.lvd142m"
     files = {"timm:vit_tiny_patch16_224": "model.safetensors",
-             "timm:vit_base_patch14_dinov2.lvd142m": "timm/vit_base_patch14_dinov2.lvd142m/resolve/main/model.safetensors",
+             f"timm:{dino}": f"timm/{dino}/resolve/main/model.safetensors",
              "open_clip:ViT-B-16-quickgelu/openai": "open_clip_model.safetensors",
              "open_clip:ViT-L-14/laion2b_s32b_b82k": "laion/CLIP-ViT-L-14-laion2B-s32B-b82K"}
-    for (seconds, message, imported), (name, file) in zip(ask(files, HF_HOME=str(tmp_path), **env), files.items(),
-                                                          strict=True):
+    said = ask(files, HF_HOME=str(tmp_path), **env)
+    for (seconds, message, imported), (name, file) in zip(said, files.items(), strict=True):
         assert float(seconds) < 5 and imported == ""           # the libraries, slow to import, were not asked
         for part in (name, file, env.get("HF_ENDPOINT", "https://"), "checkpoint=", why): assert part in message
 
@@ -270,8 +269,8 @@ def hub(vit):
         def do_HEAD(self):
             data = files.get(self.path)
             self.send_response(404 if data is None else 200)
-            for k, v in (("ETag", '"abc"'), ("X-Repo-Commit", "0" * 40), ("Content-Length", str(len(data or b"")))):
-                self.send_header(k, v)
+            headers = {"ETag": '"abc"', "X-Repo-Commit": "0" * 40, "Content-Length": str(len(data or b""))}
+            for k, v in headers.items(): self.send_header(k, v)
             self.end_headers()
             return data
         def do_GET(self):
@@ -295,38 +294,36 @@ def test_download_then_cache(vit, hub, tmp_path):
 
 def test_a_name_that_the_table_lacks_is_the_librarys_to_explain(vit, monkeypatch, tmp_path):
     "As with encoders newer than the table: the same sentence, found out more slowly."
-    from finessl import backbone, files
     from huggingface_hub import constants
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     nobody = lambda url: "no network"
-    with pytest.raises(errors.MissingError) as known: downloads.require_files(None, None, "timm:test_vit", ask=nobody)
-    source = encoders.encoder_spec("timm:test_vit")
+    with pytest.raises(MissingError) as known: downloads.require_files(None, None, "timm:test_vit", ask=nobody)
+    spec = encoders.encoder_spec("timm:test_vit")
     with pytest.raises(BackboneError) as looked_up:
-        weights.fetch_weights(source, source.build(num_classes=None), ask=nobody)
+        weights.fetch_weights(spec, spec.build(num_classes=None), ask=nobody)
     assert str(known.value) == str(looked_up.value)
     assert "MB) from https://huggingface.co/timm/test_vit.r160_in1k/" in str(known.value)
     monkeypatch.setattr(downloads, "WEIGHTS", {})
     downloads.require_files(None, None, "timm:test_vit", ask=nobody)     # left to load_backbone, which looks it up
-    monkeypatch.setattr(backbone, "fetch_weights", lambda source, plan: vit[1])
+    monkeypatch.setattr(backbone, "fetch_weights", lambda spec, plan: vit[1])
     assert load_backbone("timm:test_vit").hash == load_backbone("timm:test_vit", checkpoint=vit[1]).hash
 
 
 def test_a_download_that_breaks_off_says_what_to_bring(monkeypatch, tmp_path):
     import huggingface_hub
-    from finessl import backbone
     def broken(repo, file): raise ConnectionResetError(f"{repo}/{file}")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", broken)
-    source = encoders.encoder_spec("timm:test_vit")
+    spec = encoders.encoder_spec("timm:test_vit")
     with pytest.raises(BackboneError, match="broke off: ConnectionResetError.*bring model.safetensors"):
-        weights.fetch_weights(source, source.build(), ask=lambda url: "")
+        weights.fetch_weights(spec, spec.build(), ask=lambda url: "")
 
 
 def test_importing_the_module_imports_neither_library():
-    code = ("import sys, finessl.backbone, finessl.peft; print([m for m in ('timm', 'open_clip', 'torchvision', "
-            "'transformers') if m in sys.modules])")
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
-                          check=True).stdout.strip() == "[]"
+    code = ("import sys, finessl.backbone, finessl.peft; "
+            "print([m for m in ('timm', 'open_clip', 'torchvision', 'transformers') if m in sys.modules])")
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert out.strip() == "[]"
 
 
 def test_an_encoder_never_trains():
@@ -348,6 +345,8 @@ def test_every_kind(kind):
     check_encoder(encoder)
     check_vpt(VPT, encoder)
     check_vpt(ReferenceVPT, encoder)
+    check_peft(lambda e, seed: VPT(e, 3, seed=seed), encoder)
+    check_peft(lambda e, seed: NoPEFT(e), encoder)
 
 
 def test_encoder_is_unchanged_by_training_and_survives_a_copy():

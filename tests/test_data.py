@@ -1,8 +1,10 @@
-"Folders, image files and bad input: what a real disk holds. The mechanisms are tested in nbs/01_data.ipynb."
+"Folders, image files and bad input: what a real disk holds. The mechanisms are tested in nbs/01_data.ipynb and nbs/engine/."
 import itertools
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,7 +12,8 @@ import torch
 from PIL import Image, features
 
 from finessl.engine.errors import DataError
-from finessl.data import Dataset, Split, batch_indices, check_dataset, digits, generator, holdout, split_labels
+from finessl.data import Dataset, Split, batch_indices, check_dataset, digits, generator, holdout
+from finessl.data import permutation_cache, split_labels
 from finessl.engine.images import ImageFiles, read_image
 from finessl.engine.folders import image_folder
 
@@ -321,12 +324,11 @@ def test_holdout():
 
 def test_frozen_streams():
     "These numbers are a promise: every record belongs to splits and orders drawn with them."
-    assert split_labels(torch.arange(3000) % 10, 1, 0).tolist() == [2740, 1071, 2192, 1383, 1144, 1145, 2526, 577, 2888,
-                                                                    2469]
+    promised = [2740, 1071, 2192, 1383, 1144, 1145, 2526, 577, 2888, 2469]
+    assert split_labels(torch.arange(3000) % 10, 1, 0).tolist() == promised
     assert digits(1, 0).split.hash == "169d5890d1342e03" and digits(4, 9, known=6).split.hash == "76ecdde314c0e2d6"
-    assert batch_indices(0, 3, 10, 8).tolist() == [9, 4, 0, 3, 1, 6, 4, 7] and batch_indices(1, 999, 5000, 4,
-                                                                                             2).tolist() == [3635, 4764,
-                                                                                                             4899, 2859]
+    assert batch_indices(0, 3, 10, 8).tolist() == [9, 4, 0, 3, 1, 6, 4, 7]
+    assert batch_indices(1, 999, 5000, 4, 2).tolist() == [3635, 4764, 4899, 2859]
     assert torch.randint(1000, (4,), generator=generator(0, 3, 1)).tolist() == [828, 309, 169, 295]
 
 
@@ -340,7 +342,29 @@ def test_splits_do_not_depend_on_the_process():
 
 def test_large_sampler_keeps_few_permutations():
     for step in range(0, 400_000, 40_000): batch_indices(0, step, 1_280_000, 32)
-    from finessl.data import _large_permutation
-    assert _large_permutation.cache_info().currsize <= 4
+    assert permutation_cache(1_280_000).cache_info().currsize <= 4
     row = torch.cat([batch_indices(3, s, 5000, 64) for s in range(200)])
     for epoch in itertools.islice(row.split(5000), 2): assert torch.equal(epoch.sort().values, torch.arange(5000))
+
+
+# --- found by name ---------------------------------------------------------------------------------------------------
+
+def test_what_reads_folders_is_found_in_data():
+    "Old import paths keep working, and nothing of the workshop's folders is imported before it is asked for."
+    code = ("import sys, finessl.data as d; assert 'finessl.engine.folders' not in sys.modules;"
+            "from finessl.data import image_folder, image_lists, read_image, ImageFiles, DataError, UnreadableError;"
+            "print(image_folder.__module__)")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,
+                          env=dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path)))
+    assert done.stdout == "finessl.engine.folders\n"
+    with pytest.raises(ImportError, match="image_folders"): from finessl.data import image_folders  # noqa: F401
+
+
+def test_checks_are_found_by_name():
+    import finessl.checks
+    named = [n for n in dir(finessl.checks) if n.startswith("check_")]
+    for name in named: assert callable(getattr(finessl.checks, name)), name
+    texts = [f.read_text(encoding="utf-8") for f in Path(finessl.checks.__path__[0]).glob("*.py")]
+    defined = [name for text in texts for name in re.findall(r"^def (check_\w+)", text, re.M)]
+    assert len(defined) > 20 and sorted(defined) == sorted(named), "a name twice, or one that is not found"
+    with pytest.raises(AttributeError, match="no 'check_nothing'"): finessl.checks.check_nothing

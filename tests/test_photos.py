@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from PIL import Image
 from finessl.studies import photos
-from finessl.backbone import tiny_encoder
+from finessl.checks.backbone import tiny_encoder
 from finessl.engine.schedule import Schedule
 
 

@@ -9,7 +9,8 @@ from finessl.algorithms import FineSSL
 from finessl.cli import bench as cli_bench, main as cli_main, options as cli_options
 from finessl.engine import downloads, encoders, hub, named
 from finessl.engine.batches import labelled_indices
-from finessl.engine.downloads import ARCHIVES, WEIGHTS, missing_data, missing_weights, require_files
+from finessl.engine.catalogue import DEFAULT_FILENAMES, WEIGHTS
+from finessl.engine.downloads import ARCHIVES, PATCH, missing_data, missing_weights, require_files
 from finessl.engine.errors import DataError, MissingError
 from finessl.engine.schedule import PAPER_SCHEDULE, Schedule
 from finessl.studies import paper_runs
@@ -63,12 +64,12 @@ def test_the_table_of_encoders_says_what_their_libraries_say():
 def test_a_row_of_the_table_is_the_encoders(name):
     w = WEIGHTS[name]
     usual = downloads.DEFAULT_FILENAMES[name.partition(":")[0]]
-    assert hub.hub_row(name) == [w.repo, w.mb, w.patch, *(w.files if w.files != usual else ())]
+    assert hub.look_up(name) == ("served", [w.repo, w.mb, w.patch, *(w.files if w.files != usual else ())])
 
 
 def test_what_is_not_served_is_not_in_the_table():
     for name in ("timm:vit_base_patch16_siglip_224", "open_clip:RN50/openai", "open_clip:ViT-B-16/openai"):
-        assert name not in WEIGHTS and hub.hub_row(name) is None
+        assert name not in WEIGHTS and hub.look_up(name)[0] == "refused"
     with torch.device("meta"): pocket = backbone.Encoder(encoders.encoder_spec("pocket").build(), "pocket")
     assert pocket.patch_size == downloads.PATCH["pocket"]
 
@@ -122,15 +123,15 @@ def lay(folder, name):
 @pytest.mark.parametrize("name", ARCHIVES)
 def test_data_are_there_or_not(name, tmp_path):
     a = ARCHIVES[name]
-    said = missing_data(name, tmp_path).sentence("no network")
+    said = missing_data(name, tmp_path).instructions("no network")
     bring = f"bring {a.file} ({a.size // 10**6:,} MB) from {a.url} and put it into {tmp_path}"
     for part in (f"{name} is not in {tmp_path}", "no network", bring): assert part in said
     (tmp_path / a.file).write_bytes(b"half")
     damaged = f"{tmp_path / a.file} is damaged (4 bytes instead of {a.size:,})"
-    assert damaged in missing_data(name, tmp_path).sentence("")
+    assert damaged in missing_data(name, tmp_path).instructions("")
     with open(tmp_path / a.file, "r+b") as f: f.truncate(a.size) # takes no room on the disk
     if name == "food101": assert missing_data(name, tmp_path) is None # too large to look into: torchvision does
-    else: assert f"{a.file} is damaged (its md5 is not {a.md5})" in missing_data(name, tmp_path).sentence("")
+    else: assert f"{a.file} is damaged (its md5 is not {a.md5})" in missing_data(name, tmp_path).instructions("")
     (tmp_path / a.file).unlink()
     lay(tmp_path, name)
     assert missing_data(name, tmp_path) is None
@@ -159,6 +160,7 @@ def test_who_answers_lets_the_run_go_on(tmp_path):
         return "answer 404" if url.endswith("open_clip_model.safetensors") else ""
     require_files("cifar100", tmp_path, clip, ask=first_is_gone, cache=cache)
     assert len(requested) == 3 and requested.count(ARCHIVES["cifar100"].url) == 1
+    import timm # whoever has imported it may have added models to it, and is asked
     require_files("photos", tmp_path, "timm:some_other_vit", ask=nobody, cache=cache) # left to whoever loads them
     require_files(None, None, clip, "clip.safetensors", ask=nobody, cache=cache)
     with pytest.raises(MissingError, match="answer 404"):

@@ -57,7 +57,8 @@ def accumulated_backward(
     leaves = {k: z.requires_grad_() for k in GRAD_LOGITS if (z := getattr(logits, k)) is not None}
     loss, metrics = algorithm(logits, state)
     logit_grads = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
-    if accumulate > 1:                                       # memory of their own: a CUDA graph may not own what pieces add up
+    # memory of their own: a CUDA graph may not own what pieces add up
+    if accumulate > 1:
         for p in model.features.parameters(): p.grad = torch.zeros_like(p) if p.requires_grad else None
     for i, piece in enumerate(pieces):
         again = parts[0] if accumulate == 1 else forward({k: v for k, v in piece.items() if k != "x_w"})

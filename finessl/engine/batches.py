@@ -63,8 +63,10 @@ def make_batch(
     "Draw the images of one step and their views; a pure function of (seed, step)."
     idx, key = labelled_indices(seed, step, len(dataset.x_lb), batch, schedule, labelled)
     mine = shard_slice(batch, *shard)
-    images, _ = fetch_with_fallback(lb, dataset.x_lb, idx[mine], dataset.y_lb) # an unreadable image's stand-in is of its class
-    out = {"x_lb": views.weak(images, sample_shard(views.weak, batch, seed, key, [VIEW_LB], shard)), "y_lb": dataset.y_lb[idx]}
+    # an unreadable image's stand-in is of its class
+    images, _ = fetch_with_fallback(lb, dataset.x_lb, idx[mine], dataset.y_lb)
+    out = {"x_lb": views.weak(images, sample_shard(views.weak, batch, seed, key, [VIEW_LB], shard)),
+           "y_lb": dataset.y_lb[idx]}
     if not algorithm.required_outputs: return out
     n, mine = mu * batch, shard_slice(mu * batch, *shard)
     out["idx_ulb"] = idx = batch_indices(seed, step, len(dataset.x_ulb), n, UNLABELLED)

@@ -90,8 +90,10 @@ def checked(path: Path, content: bytes, settings: dict, device) -> dict: # conte
     if (c := load_verified(content, device)) is None:
         raise TornCheckpoint(f"{path} is torn, or not a checkpoint of finessl: its checksum does not fit")
     if c.get("format") != FORMAT:
-        raise TrainingError(f"{path} was written by an older version of finessl: finish that run with it, or name another folder")
-    if differ := diff_settings(json.loads(c["settings"]), json.loads(json.dumps(settings))): raise mismatch_error(path, differ)
+        raise TrainingError(f"{path} was written by an older version of finessl: finish that run with it, "
+                            "or name another folder")
+    if differ := diff_settings(json.loads(c["settings"]), json.loads(json.dumps(settings))):
+        raise mismatch_error(path, differ)
     return c
 
 def read_checkpoint(folder: Path, settings: dict, device, group: ProcessGroup|None = None) -> dict|None:
@@ -105,7 +107,8 @@ def read_checkpoint(folder: Path, settings: dict, device, group: ProcessGroup|No
         else: return c | {"log": json.loads(c["log"]), "passed_over": said()}
     for e in errors.values():
         if not isinstance(e, TornCheckpoint): raise e
-    if errors: raise TrainingError(f"no checkpoint in {folder} can be read: {'; '.join(said())}; name another folder, or remove it")
+    if errors: raise TrainingError(f"no checkpoint in {folder} can be read: {'; '.join(said())}; "
+                            "name another folder, or remove it")
     return None
 
 # %% ../../nbs/engine/checkpoint.ipynb #13826b7d

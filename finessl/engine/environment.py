@@ -33,5 +33,6 @@ def environment(device) -> dict:
     return {"commit": git("rev-parse", "HEAD") if tracked else None,
             "dirty": bool(git("status", "--porcelain", "--", ".")) if tracked else None,
             "device": name, "threads": torch.get_num_threads(),
-            "versions": {"python": platform.python_version(), "finessl": finessl.__version__, "torch": torch.__version__}
+            "versions": {"python": platform.python_version(), "finessl": finessl.__version__,
+                         "torch": torch.__version__}
                         | {k: version_of(k) for k in PACKAGES}}

@@ -44,7 +44,9 @@ def evaluate(model, dataset: Dataset, eval_view, device, precision: str = "float
              group: ProcessGroup|None = None): # -> metrics for the record; logits of the test part
     "Accuracy on the test part and, for diagnosis, on the pool (a fixed sample of it where it is large)."
     n = len(dataset.x_ulb)
-    some = torch.arange(n) if n <= POOL_IMAGES else torch.randperm(n, generator=generator(0, 0))[:POOL_IMAGES].sort().values
+    some = torch.arange(n) if n <= POOL_IMAGES else torch.randperm(n,
+                                                                   generator=generator(0,
+                                                                                       0))[:POOL_IMAGES].sort().values
     out, z = {}, predict_logits(model, dataset.x_test, eval_view, device, precision=precision, group=group)
     if len(z):
         sync_excluded(dataset, group)

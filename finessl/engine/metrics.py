@@ -58,7 +58,8 @@ class MetricAccumulator:
         row = [torch.ones_like(loss.detach()), loss.detach()]
         if "pl" in metrics:
             mask, y = metrics["mask"], self.y_ulb[idx_ulb]
-            row += [torch.full_like(row[0], len(mask)), mask.sum(), (mask & (y >= 0)).sum(), (mask & (y == metrics["pl"])).sum()]
+            row += [torch.full_like(row[0], len(mask)), mask.sum(), (mask & (y >= 0)).sum(),
+                    (mask & (y == metrics["pl"])).sum()]
         else: row += [torch.zeros_like(row[0])] * 4
         self.sums += torch.stack([r.to(self.sums.dtype) for r in row])
 

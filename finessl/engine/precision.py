@@ -24,8 +24,10 @@ def default_precision(device) -> str:
 
 def autocast(device, precision: str):
     "bf16 autocast on any device, or nothing for float32."
-    if precision not in ("float32", "bf16"): raise ValueError(f'precision must be "float32" or "bf16", got {precision!r}')
-    return torch.autocast(torch.device(device).type, torch.bfloat16) if precision == "bf16" else contextlib.nullcontext()
+    if precision not in ("float32", "bf16"):
+        raise ValueError(f'precision must be "float32" or "bf16", got {precision!r}')
+    return torch.autocast(torch.device(device).type,
+                          torch.bfloat16) if precision == "bf16" else contextlib.nullcontext()
 
 # %% ../../nbs/engine/precision.ipynb #18730c19
 def supports_compile(device) -> bool:

@@ -57,7 +57,8 @@ def device_for_rank(
     if device.index is not None:
         raise ValueError(f'device "{device}" is one GPU, and {local_size} processes need one each: say "cuda"')
     if (there := torch.cuda.device_count()) < local_size:
-        raise ValueError(f"{local_size} processes need {local_size} GPUs, and there {'is' if there == 1 else 'are'} {there}: "
+        verb = "is" if there == 1 else "are"
+        raise ValueError(f"{local_size} processes need {local_size} GPUs, and there {verb} {there}: "
                          "start fewer, or take device cpu")
     return torch.device("cuda", local_rank)
 
@@ -77,7 +78,8 @@ class ProcessInfo:
         if self.device.type == "cuda": torch.cuda.set_device(self.device)
         if not dist.is_initialized():                        # gloo for what lies on the CPU, NCCL for what lies on GPUs
             backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
-            dist.init_process_group(backend, os.environ.get("FINESSL_MEET", "env://"), datetime.timedelta(seconds=timeout),
+            dist.init_process_group(backend, os.environ.get("FINESSL_MEET", "env://"),
+                                    datetime.timedelta(seconds=timeout),
                                     size, int(os.environ["RANK"]))
             atexit.register(dist.destroy_process_group)
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
@@ -99,8 +101,8 @@ class ProcessGroup(ProcessInfo):
         "Around what needs an answer from all: a process that is gone becomes an error."
         try: yield
         except RuntimeError as error:
-            raise PeerLost("a process of this run ended without a word (killed, or out of memory?), "
-                           f"as process {self.rank} of {self.world_size} notices; the last checkpoint is kept") from error
+            said = f"as process {self.rank} of {self.world_size} notices; the last checkpoint is kept"
+            raise PeerLost(f"a process of this run ended without a word (killed, or out of memory?), {said}") from error
 
     def gather(self,
         mine: dict[str, Tensor], # rows first, all on one device; int64 before float32
@@ -176,7 +178,8 @@ def fail_together(group: ProcessGroup):
     try: yield
     except PeerFailed: raise
     except Exception as error:
-        if group.device.type == "cuda": atexit.unregister(dist.destroy_process_group) # NCCL would wait there for those that go on
+        # NCCL would wait there for those that go on
+        if group.device.type == "cuda": atexit.unregister(dist.destroy_process_group)
         try: first = int(store.compare_set(note, "", str(group.rank)))
         except (RuntimeError, ValueError): raise error from None   # the store went with its process
         if first == group.rank: raise

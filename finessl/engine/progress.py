@@ -17,7 +17,8 @@ with warnings.catch_warnings():
 # %% ../../nbs/engine/progress.ipynb #5c839d04
 class GracefulStop:
     "While active, the first Ctrl-C (or SIGTERM) sets `.requested`; the second acts as usual."
-    def __init__(self, debounce: float = 0.): # seconds in which a second signal is the first one's echo, as launchers send it
+    # seconds in which a second signal is the first one's echo, as launchers send it
+    def __init__(self, debounce: float = 0.):
         self.requested, self.old, self.debounce = False, {}, debounce
 
     def __enter__(self):
@@ -51,8 +52,10 @@ class Timer:
         self.log[key], self.at = self.log[key] + now - self.at, now
 
 # %% ../../nbs/engine/progress.ipynb #e7f7fbb8
-def progress_disabled(progress: bool|str|None) -> bool|None: # tqdm's `disable`; its None: no bar where there is no terminal
-    "Whether a run goes without a bar; None: yes with TQDM_DISABLE=1, and where there is no terminal and no Jupyter kernel."
+# tqdm's `disable`; its None: no bar where there is no terminal
+def progress_disabled(progress: bool|str|None) -> bool|None:
+    ("Whether a run goes without a bar; None: yes with TQDM_DISABLE=1, and where there is no terminal and no Jupyter "
+     "kernel.")
     if progress is not None: return not progress or progress == "lines"
     if os.environ.get("TQDM_DISABLE", "0") not in ("", "0"): return True
     shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
@@ -90,11 +93,13 @@ class ProgressBar:
 
     def evaluated(self, state: TrainState):
         "After an evaluation."
-        if self.lines: print(format_log_line(state.log, self.steps, progress_fields(state)), file=sys.stderr, flush=True)
+        if self.lines:
+            print(format_log_line(state.log, self.steps, progress_fields(state)), file=sys.stderr, flush=True)
 
     def advance(self, state: TrainState):
         "After a step."
-        if state.step % self.every == 0 and not self.bar.disable: self.bar.set_postfix(progress_fields(state), refresh=False)
+        if state.step % self.every == 0 and not self.bar.disable:
+            self.bar.set_postfix(progress_fields(state), refresh=False)
         self.bar.update()
 
     def __enter__(self): return self

@@ -10,11 +10,12 @@ import contextlib
 from pathlib import Path
 import torch
 from .checkpoint import latest_checkpoint
-from .errors import DataError, NonFiniteLoss, OutOfMemory, TrainingError
+from .errors import DataError, NonFiniteLoss, OutOfMemory, TrainingError, UnreadableError
 from .storage import DISK_FULL_ERRNOS
 
 # %% ../../nbs/engine/recovery.ipynb #ecf477fb
-NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "ALLOC_FAILED") # MPS, Linux, Windows, cuBLAS
+# MPS, Linux, Windows, cuBLAS
+NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "ALLOC_FAILED")
 
 @contextlib.contextmanager
 def memory_advice(
@@ -54,10 +55,12 @@ def resume_hints(folder: Path|None): # of the run; None: nothing is written
     except OutOfMemory as e: raise OutOfMemory(f"{e}; {resume_hint(folder)}") from e
     except DataError as e:
         if folder is None: raise
-        raise DataError(f"{e}; {resume_hint(folder)} once the file is mended") from e
+        text = f"{e}; {resume_hint(folder)} once the file is mended"
+        raise (UnreadableError(e.file, text) if isinstance(e, UnreadableError) else DataError(text)) from e
     except NonFiniteLoss as e:
         if folder is None: raise
-        kept = "no checkpoint was written" if (c := latest_checkpoint(folder)) is None else f"the checkpoint of step {c['step']} is kept"
+        c = latest_checkpoint(folder)
+        kept = "no checkpoint was written" if c is None else f"the checkpoint of step {c['step']} is kept"
         raise NonFiniteLoss(f"{e}; {kept}") from e
     except OSError as e:
         if folder is None or not e.filename or Path(e.filename).parent != folder: raise

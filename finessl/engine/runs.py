@@ -56,7 +56,8 @@ def read_record(folder) -> dict:
     if not path.exists(): raise FileNotFoundError(f"{folder} holds no finished run: record.json is missing")
     try: record = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as e: raise ValueError(f"{path} is torn, or no record of a run: {e}") from None
-    if lacks := [k for k, kind in REQUIRED_KEYS.items() if not isinstance(record, dict) or not isinstance(record.get(k), kind)]:
+    if lacks := [k for k,
+                 kind in REQUIRED_KEYS.items() if not isinstance(record, dict) or not isinstance(record.get(k), kind)]:
         verb = "is" if len(lacks) == 1 else "are"
         raise ValueError(f"{path} is no record of a run: {', '.join(lacks)} {verb} missing or wrong")
     return record
@@ -67,7 +68,8 @@ def load_trainable(path: Path, model: TwoHeadModel) -> dict: # name -> tensor
     from safetensors.torch import load
     try: trained = load(path.read_bytes())
     except FileNotFoundError: raise FileNotFoundError(f"{path} is missing") from None
-    except (SafetensorError, ValueError, KeyError) as e: raise ValueError(f"{path} is torn, or no file of weights: {e}") from None
+    except (SafetensorError, ValueError, KeyError) as e:
+        raise ValueError(f"{path} is torn, or no file of weights: {e}") from None
     shapes = lambda tensors: {k: list(v.shape) for k, v in tensors.items()}
     if differ := diff_settings(shapes(trained), shapes(trainable_state_dict(model))):
         raise ValueError(f"{path} does not fit the record beside it ({summarize_diff(differ)})")
@@ -85,7 +87,8 @@ def load_run(
     encoder = load_backbone(record["backbone"], checkpoint or record.get("checkpoint"), record["image_size"])
     if encoder.hash != record["backbone_hash"]:
         raise ValueError(f"{record['backbone']} has other weights here (hash {encoder.hash}) than in {folder} "
-                         f"({record['backbone_hash']}): name the file that the run was trained with as checkpoint (--checkpoint FILE)")
+                         f"({record['backbone_hash']}): name the file "
+                         "that the run was trained with as checkpoint (--checkpoint FILE)")
     model = build_model(encoder, len(record["classes"]), record["peft"], record["n_prompts"])
     model.load_state_dict(load_trainable(folder / "model.safetensors", model), strict=False)
     eval_view = View(record["image_size"], tuple(record["mean"]), tuple(record["std"]))

@@ -27,7 +27,8 @@ def cosine_lr(
     step: int # in [0, schedule.steps)
 ) -> float: # lr/2 (1 + cos πe), e the share of the schedule that is over
     "Cosine decay, by step or by epoch (PyTorch's CosineAnnealingLR with T_max=30 epochs in the released code)."
-    if schedule.decay not in ("step", "epoch"): raise ValueError(f'decay must be "step" or "epoch", got {schedule.decay!r}')
+    if schedule.decay not in ("step", "epoch"):
+        raise ValueError(f'decay must be "step" or "epoch", got {schedule.decay!r}')
     share = step / schedule.steps
     if schedule.decay == "epoch": share = math.floor(share * EPOCHS + 1e-9) / EPOCHS
     return schedule.lr * (1 + math.cos(math.pi * share)) / 2

@@ -24,7 +24,8 @@ def split_info(dataset: Dataset) -> dict:
                 "hash": s.hash, "skipped": s.skipped, "unreadable": list(s.unreadable)}
     h = hashlib.sha256(repr((len(dataset.x_ulb), len(dataset.x_test), dataset.y_lb.tolist())).encode())
     if isinstance(dataset.x_lb, Tensor): h.update(dataset.x_lb.cpu().numpy().tobytes())
-    return {"source": "tensors", "seed": None, "n_per_class": None, "hash": h.hexdigest()[:16], "skipped": 0, "unreadable": []}
+    return {"source": "tensors", "seed": None, "n_per_class": None, "hash": h.hexdigest()[:16], "skipped": 0,
+            "unreadable": []}
 
 # %% ../../nbs/engine/settings.ipynb #44044287
 def build_settings(dataset: Dataset, encoder, algorithm, views: Views, schedule: Schedule,

@@ -38,7 +38,8 @@ def headline_table(
     note = ("Test accuracy in % on scikit-learn's handwritten digits, N labels per class: "
             f"mean ± standard deviation over {n} splits (seeds 0–{n - 1}), last evaluation; "
             "the last row is paired, with its 95 % interval. "
-            f"Pocket encoder, {PROMPTS} prompts a layer, {SCHEDULE.steps} steps, the paper's constants for both; `python -m finessl.comparison references constants more` on {device}.")
+            f"Pocket encoder, {PROMPTS} prompts a layer, {SCHEDULE.steps} steps, the paper's constants for both; "
+            f"`python -m finessl.comparison references constants more` on {device}.")
     return Markdown(f"{markdown_table(table, 'method')}\n\n{note}")
 
 # %% ../../nbs/studies/comparison_figures.ipynb #e5948ef0

@@ -37,7 +37,8 @@ def photo_results(
 
 def recorded_quality(record: dict) -> PseudoLabelQuality:
     "Confidence and right or wrong of a recorded run's pool (pseudo-labels themselves are not stored: -1)."
-    conf, correct = torch.tensor(record["pool"]["confidence"]), torch.tensor([c == "1" for c in record["pool"]["right"]])
+    conf, correct = torch.tensor(record["pool"]["confidence"]), torch.tensor([c == "1"
+                                                                              for c in record["pool"]["right"]])
     return PseudoLabelQuality(torch.full((len(conf),), -1), conf, correct, ~correct, torch.zeros_like(correct))
 
 # %% ../../nbs/studies/photo_figures.ipynb #a7607d6c
@@ -51,7 +52,8 @@ def plot_photos(
         for row in (*shift, "probe", "20-NN"):
             d = df[(df.row == row) & (df.start == (start if row in shift else "none"))]
             m, c = d.groupby("N").accuracy.mean(), colour({"probe": "linear probe"}.get(row, row))
-            style = dict(ls="-", marker="o", lw=2) if row in shift else dict(ls={"probe": "--", "20-NN": ":"}[row], lw=1.3)
+            style = dict(ls="-", marker="o", lw=2) if row in shift else dict(ls={"probe": "--", "20-NN": ":"}[row],
+                                                                             lw=1.3)
             ax.plot(np.log2(m.index), m, color=c, ms=5, label=row, **style)
             if row in shift: ax.plot(np.log2(d.N) + shift[row], d.accuracy, ".", color=c, alpha=.4, ms=5)
         ax.set(xticks=[0, 1, 2], xticklabels=[1, 2, 4], xlabel="labelled images per class",
@@ -93,7 +95,8 @@ def write_figures(records: Path, folder: Path) -> int: # exit code
     from matplotlib import pyplot as plt
     everything, whole = photo_results(records), photo_results(records, "whole")
     for name, size, draw, data in (
-            ("photos", (8, 3.2), lambda fig: plot_photos(everything[everything.seed.isin(SEEDS)], fig.subplots(1, 2, sharey=True)),
+            ("photos", (8, 3.2),
+             lambda fig: plot_photos(everything[everything.seed.isin(SEEDS)], fig.subplots(1, 2, sharey=True)),
              everything),
             ("whole", (8, 3), lambda fig: plot_whole(whole, fig.subplots(1, 2)), whole)):
         fig = plt.figure(figsize=size, layout="constrained")

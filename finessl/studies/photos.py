@@ -173,7 +173,8 @@ def encoder_quality(encoder, dataset: Dataset, seed: int) -> dict: # start of th
 WHOLE = dict(image_size=96, pool=5000, test=1000) # per class: all that there is, at a size that a CPU stands
 
 def plan_full_runs(seeds=SEEDS, n_per_class: int = 4) -> list[dict]:
-    "The longest first. The paper's schedule, and `LONGER` on the same images: prompts from tokens, for FineSSL random ones too."
+    ("The longest first. The paper's schedule, and `LONGER` on the same images: prompts from tokens, for FineSSL "
+     "random ones too.")
     jobs, algorithms = [], methods(n_per_class)
     rows = (("FineSSL", "tokens"), ("FixMatch", "tokens"), ("FineSSL", "random"), ("labelled-only", "tokens"))
     for schedule in (PAPER_SCHEDULE, LONGER):
@@ -273,7 +274,8 @@ def main(argv=None) -> int: # exit code: 1 where a run broke
                     help="processes of one thread each (default: this machine's cores, %(default)s)")
     ap.add_argument("--whole", action="store_true",
                     help=f"instead, the paper's {PAPER_SCHEDULE.steps:,} steps on all of CIFAR-10 at "
-                         f"{WHOLE['image_size']} px: {len(plan_full_runs())} lines of whole.jsonl, seven hours on one core")
+                         f"{WHOLE['image_size']} px: {len(plan_full_runs())} lines of whole.jsonl, "
+                         "seven hours on one core")
     ap.add_argument("--figures", type=Path, metavar="DIR",
                     help="instead, draw the pictures and their data from the records into this folder")
     args = ap.parse_args(argv)

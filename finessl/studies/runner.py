@@ -48,7 +48,8 @@ def run_jobs(
         for i, future in enumerate(as_completed(futures), 1):
             try: record = future.result()
             except BrokenProcessPool:
-                raise TrainingError(f"a worker of {path.stem} was killed (out of memory?); what is recorded is kept") from None
+                raise TrainingError(f"a worker of {path.stem} was killed (out of memory?); "
+                                    "what is recorded is kept") from None
             except Exception as error: broken.append(f"{key(futures[future])}: {type(error).__name__}: {error}")
             else:
                 with open(path, "a", encoding="utf-8") as f: f.write(json.dumps(record, ensure_ascii=False) + "\n")
