@@ -12,7 +12,7 @@ from finessl.cli.main import main as cli_main
 from finessl.data import digits
 from finessl.devices import fit_distributed
 from finessl.engine.errors import DataError, PeerFailed, PeerLost, TrainingError, UnreadableError
-from finessl.engine.launch import EXIT_DISK_FULL, collect_error, launch, pickle_error
+from finessl.engine.launch import EXIT_DISK_FULL, WORKER_SCRIPT, collect_error, launch, pickle_error, worker_main
 from finessl.engine.schedule import Schedule
 from finessl.peft import trainable_state_dict
 from finessl.pseudo_labels import FixMatch, SupervisedOnly
@@ -186,6 +186,11 @@ def test_one_that_is_killed_ends_all(capfd):
         fit_distributed(2, few(), load_backbone("pocket"), Dies(), n_prompts=2, batch=4, schedule=Schedule(1000),
                         device="cpu", progress=False)
     assert time.time() - begin < 60 and capfd.readouterr().err == ""
+
+
+def test_the_worker_script_names_what_is_there():
+    "It imports by a string, which no tool follows when a name changes."
+    assert f"from {worker_main.__module__} import {worker_main.__name__}\n" in WORKER_SCRIPT
 
 
 def dies_while_the_other_sleeps():

@@ -461,7 +461,8 @@ def test_a_step_on_a_gpu_waits_for_nothing():
 def test_images_made_ahead_on_a_gpu_are_the_same():
     ds, encoder = digits(2, 0), load_backbone("pocket")
     settings = dict(schedule=Schedule(20), batch=8, evals=1, compile=False, progress=False, device="cuda")
-    now, early = (fit(ds, encoder, FixMatch(), prefetch_depth=d, **settings).record["evaluations"][0]["loss"] for d in (0, 3))
+    runs = [fit(ds, encoder, FixMatch(), prefetch_depth=d, **settings) for d in (0, 3)]
+    now, early = (r.record["evaluations"][0]["loss"] for r in runs)
     assert early == pytest.approx(now, rel=1e-2)
 
 
