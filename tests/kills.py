@@ -12,7 +12,7 @@ from pathlib import Path
 # before torch: a process without threads, and without a GPU, can be forked
 os.environ |= {"OMP_NUM_THREADS": "1", "FINESSL_DEVICE": "cpu", "CUDA_VISIBLE_DEVICES": ""}
 
-from finessl.cli.main import main as cli_main
+from finessl.cli import main as cli_main
 from finessl.engine.environment import environment
 from finessl.engine.checkpoint import latest_checkpoint
 from finessl.engine.storage import write_json

@@ -10,7 +10,7 @@ from safetensors.torch import save
 from sklearn.datasets import load_digits
 
 from finessl.cli import demo as cli_demo
-from finessl.cli.main import main as cli_main
+from finessl.cli import main as cli_main
 from finessl.cli import options as cli_options
 from finessl.cli import train as cli_train
 from finessl.engine import errors

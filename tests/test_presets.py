@@ -63,7 +63,7 @@ def test_the_table_of_encoders_says_what_their_libraries_say():
     "timm:deit_tiny_distilled_patch16_224", "open_clip:ViT-B-32/laion2b_s34b_b79k"])
 def test_a_row_of_the_table_is_the_encoders(name):
     w = WEIGHTS[name]
-    usual = downloads.DEFAULT_FILENAMES[name.partition(":")[0]]
+    usual = DEFAULT_FILENAMES[name.partition(":")[0]]
     assert hub.look_up(name) == ("served", [w.repo, w.mb, w.patch, *(w.files if w.files != usual else ())])
 
 

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from finessl.cli import demo as cli_demo
-from finessl.cli.main import main as cli_main
+from finessl.cli import main as cli_main
 from finessl.engine import batches
 from finessl.engine import prefetch
 from finessl.engine import storage
