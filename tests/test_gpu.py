@@ -198,8 +198,7 @@ WAITS = {"a printed value": (print, "asks the device for values"),
          "a look at the loss": (look_at_the_loss, "asks the device for values"),
          "a boolean index": (lambda x: x[x > 4], "asks the device which indices are meant"),
          "a blocking copy": (lambda x: x + torch.ones(10).to(x.device), "copies to the device while the host waits"),
-         "an index on the host": (lambda x: x[index], "copies to the device while the host waits"),
-         "numbers handed over": (lambda x: x + torch.tensor([1.] * 10, device=x.device), "the device")}
+         "an index on the host": (lambda x: x[index], "copies to the device while the host waits")}
 
 
 @pytest.mark.parametrize("name", WAITS)

@@ -69,8 +69,7 @@ def test_the_runs_of_the_papers_length_differ_in_what_they_say_alone(tmp_path, m
 
 def test_gamma_rises_to_its_value():
     rising = photos.GammaWarmup(rise=2)
-    z, a = torch.randn(4, 3, generator=torch.Generator().manual_seed(0)), torch.randn(4, 3,
-                                                                                      generator=torch.Generator().manual_seed(1))
+    z, a = (torch.randn(4, 3, generator=torch.Generator().manual_seed(s)) for s in (0, 1))
     step = photos_step(z, a)
     state = rising.init(10, 3)
     first, second, third = (float(rising(step, state)[0]) for _ in range(3))

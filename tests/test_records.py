@@ -38,9 +38,10 @@ def test_a_study_that_is_recorded_says_so_and_how_to_make_it_again(capsys):
     folder = root / "figures" / "records"
     before = {p: p.stat().st_mtime_ns for p in folder.glob("*.jsonl")}
     comparison.main(["references", "constants", "more", "--records", str(folder)])
-    assert capsys.readouterr().out.splitlines() == [f"all {n} runs of {study} are recorded in {folder}; --records NEW makes them again"
-                                                    for study,
-                                                    n in (("references", 360), ("constants", 270), ("more", 270))]
+    runs = {"references": 360, "constants": 270, "more": 270}
+    said = [f"all {n} runs of {study} are recorded in {folder}; --records NEW makes them again"
+            for study, n in runs.items()]
+    assert capsys.readouterr().out.splitlines() == said
     assert {p: p.stat().st_mtime_ns for p in folder.glob("*.jsonl")} == before
 
 
