@@ -198,7 +198,7 @@ def run_evaluation(setup: Setup, state: TrainState, timer: Timer):
     s, group, lr = setup.settings, setup.group, state.optimizer.param_groups[0]["lr"]
     state.guard.check()
     timer.lap("seconds")
-    with memory_advice(EVAL_ADVICE):
+    with memory_advice(EVAL_ADVICE, s.batch):
         scores, state.test_logits = evaluate(state.model.eval(), setup.dataset, s.views.eval_view, group.device,
                                              s.precision, group)
     group.assert_same({"sha256": weights_sha256(state.model)} if group.world_size > 1 else {}, "weights")
@@ -228,7 +228,7 @@ def train(setup: Setup, state: TrainState, folder: Path|None = None, stop: Grace
         while state.step < schedule.steps:
             if pace_is_due(schedule, state.step) and hasattr(algorithm, "reset_pace"):
                 algorithm.reset_pace(state.algorithm)
-            with memory_advice(step_advice(s.batch, r.accumulate)):
+            with memory_advice(step_advice(s.batch, r.accumulate), s.batch):
                 train_step(state, next(images), algorithm, cosine_lr(schedule, state.step), group.device,
                            s.precision, compute, group, r.accumulate)
             last, end = state.step == schedule.steps, group.any_rank(asked.requested)

@@ -11,9 +11,8 @@ from PIL import Image
 
 from finessl.cli import demo as cli_demo
 from finessl.cli import main as cli_main
-from finessl.engine import batches
-from finessl.engine import prefetch
-from finessl.engine import storage
+from finessl import training
+from finessl.engine import batches, checkpoint, prefetch, runs, storage
 from finessl.algorithms import FineSSL
 from finessl.engine.errors import DataError
 from finessl.data import digits
@@ -64,7 +63,7 @@ def kill_in_write(name, n=1):
             os.truncate(tmp, tmp.stat().st_size // 2)
             die()
         real(path, half if seen.count(name) == n and seen[-1] == name else write, keep)
-    storage.write_atomic = dying
+    for room in (checkpoint, runs): room.write_atomic = dying
 
 
 def kill_before_rename(n):
@@ -495,7 +494,7 @@ def test_when_asked_training_goes_on_bit_for_bit(photos, tmp_path, monkeypatch):
     assert whole.record["unreadable"] == ["test/1/2.png", "train/1/5.png", "train/2/0.png"]
     assert sum(map(sum, whole.record["confusion"])) == 8        # of 9 test images
     # images made when they are needed: the same
-    look(lists(), tmp_path / "run", depth=0, **{"checkpoint_every": 3, "schedule": Schedule(10)})
+    look(lists(), tmp_path / "run", prefetch_depth=0, **{"checkpoint_every": 3, "schedule": Schedule(10)})
     assert outcome(tmp_path / "run")[0] == outcome(tmp_path / "whole")[0]
     shutil.rmtree(tmp_path / "run")
     real, calls = FineSSL.__call__, []
