@@ -2,22 +2,26 @@
 
     python tests/kills.py --out figures/records/kills.json
 
-A minute or two on a CPU. The moments are drawn from --seed: a step, and milliseconds after its checkpoint. Every other kill waits for the next
-half-written file, so that it falls while a checkpoint is written. Every run is a process of its own, forked from one that has imported torch.
+A minute or two on a CPU. The moments are drawn from --seed: a step, and milliseconds after its checkpoint. Every other
+kill waits for the next
+half-written file, so that it falls while a checkpoint is written. Every run is a process of its own, forked from
+one that has imported torch.
 Exit code 1 where weights or record differ in anything but times and resumes.
 """
 import argparse, hashlib, multiprocessing, os, random, signal, sys, tempfile, time
 from pathlib import Path
 
-os.environ |= {"OMP_NUM_THREADS": "1", "FINESSL_DEVICE": "cpu", "CUDA_VISIBLE_DEVICES": ""} # before torch: a process without threads, and without a GPU, can be forked
+# before torch: a process without threads, and without a GPU, can be forked
+os.environ |= {"OMP_NUM_THREADS": "1", "FINESSL_DEVICE": "cpu", "CUDA_VISIBLE_DEVICES": ""}
 
-from finessl.cli.main import main as cli_main
+from finessl.cli import main as cli_main
 from finessl.engine.environment import environment
 from finessl.engine.checkpoint import latest_checkpoint
 from finessl.engine.storage import write_json
 from test_training import outcome, same_record
 
-TRAIN = "train --data digits --per-class 1 --steps {steps} --batch 4 --prompts 8 --evals 2 --checkpoint-every 1 --quiet --out run"
+TRAIN = ("train --data digits --per-class 1 --steps {steps} --batch 4 --prompts 8 --evals 2 --checkpoint-every 1 "
+         "--quiet --out run")
 
 
 def command_line(command, where):
@@ -46,8 +50,10 @@ def killed(process, folder: Path, step: int, milliseconds: float, aimed: bool) -
     if aimed: until(lambda: next(folder.glob(".*.tmp"), None), process, 0)
     process.kill()
     process.join()
-    if process.exitcode != -signal.SIGKILL: raise SystemExit(f"the run ended by itself before it was killed at step {step}: exit code {process.exitcode}")
-    return {"after_step": step, "milliseconds": round(milliseconds, 3), "aimed": aimed, "half_written": half_written(folder)}
+    if process.exitcode != -signal.SIGKILL:
+        raise SystemExit(f"the run ended by itself before it was killed at step {step}: exit code {process.exitcode}")
+    return {"after_step": step, "milliseconds": round(milliseconds, 3), "aimed": aimed,
+            "half_written": half_written(folder)}
 
 
 def finished(command, where):
@@ -67,7 +73,9 @@ def same(a: dict, b: dict) -> bool:
 def experiment(kills: int, seed: int, steps: int) -> dict:
     "The record."
     chance, command, moments = random.Random(seed), TRAIN.format(steps=steps), []
-    with tempfile.TemporaryDirectory() as d: cli_main.main(TRAIN.format(steps=1).replace("--out run", f"--out {d}/run").split()) # imports what a run imports late
+    # imports what a run imports late
+    with tempfile.TemporaryDirectory() as d:
+        cli_main.main(TRAIN.format(steps=1).replace("--out run", f"--out {d}/run").split())
     with tempfile.TemporaryDirectory() as a, tempfile.TemporaryDirectory() as b:
         for k, step in enumerate(sorted(chance.sample(range(1, steps - 5), kills))):
             p = start(command + " --resume" * (k > 0), b)
@@ -76,9 +84,12 @@ def experiment(kills: int, seed: int, steps: int) -> dict:
         broken, whole = finished(f"{command} --resume", Path(b)), finished(command, Path(a))
     resumes = [r["step"] for r in broken[1]["resumes"]]
     sha256 = {name: hashlib.sha256(o[0]).hexdigest() for name, o in (("unbroken", whole), ("killed", broken))}
-    return {"command": f"finessl {command}", "steps": steps, "seed": seed, "kills": [m | {"resumed_from": r} for m, r in zip(moments, resumes)], "resumes": len(resumes),
-            "half_written": sum(bool(m["half_written"]) for m in moments), "sha256": sha256, "equal": sha256["unbroken"] == sha256["killed"],
-            "record_equal": same(broken[1], whole[1]), "accuracy": whole[1]["evaluations"][-1]["accuracy"]} | environment("cpu")
+    return {"command": f"finessl {command}", "steps": steps, "seed": seed,
+            "kills": [m | {"resumed_from": r} for m, r in zip(moments, resumes)], "resumes": len(resumes),
+            "half_written": sum(bool(m["half_written"]) for m in moments), "sha256": sha256,
+            "equal": sha256["unbroken"] == sha256["killed"],
+            "record_equal": same(broken[1], whole[1]),
+            "accuracy": whole[1]["evaluations"][-1]["accuracy"]} | environment("cpu")
 
 
 if __name__ == "__main__":
@@ -90,5 +101,6 @@ if __name__ == "__main__":
     args = ap.parse_args()
     result = experiment(args.kills, args.seed, args.steps)
     if args.out: write_json(args.out, result)
-    print(f"{args.kills} kills, {result['half_written']} while a file was written, {result['resumes']} resumes; weights equal: {result['equal']}, record equal: {result['record_equal']}")
+    print(f"{args.kills} kills, {result['half_written']} while a file was written, {result['resumes']} resumes; "
+          f"weights equal: {result['equal']}, record equal: {result['record_equal']}")
     sys.exit(0 if result["equal"] and result["record_equal"] else 1)

@@ -1,5 +1,5 @@
 """The command line as its users meet it: start, help, errors, Ctrl-C, predictions."""
-import csv, dataclasses, functools, inspect, io, json, os, re, shutil, signal, subprocess, sys, time
+import csv, dataclasses, functools, io, json, os, re, shutil, signal, subprocess, sys, time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,7 +10,7 @@ from safetensors.torch import save
 from sklearn.datasets import load_digits
 
 from finessl.cli import demo as cli_demo
-from finessl.cli.main import main as cli_main
+from finessl.cli import main as cli_main
 from finessl.cli import options as cli_options
 from finessl.cli import train as cli_train
 from finessl.engine import errors
@@ -64,40 +64,50 @@ def folder(tmp_path_factory):
 def trained(folder, tmp_path_factory):
     "A run of `finessl train` on the folder, in a process of its own."
     where = tmp_path_factory.mktemp("trained")
-    p = subprocess.run([sys.executable, "-m", "finessl", "train", "--data", str(folder), *TINY, "--out", "run"], cwd=where, env=ENV, text=True, capture_output=True)
+    p = subprocess.run([sys.executable, "-m", "finessl", "train", "--data", str(folder), *TINY, "--out", "run"],
+                       cwd=where, env=ENV, text=True, capture_output=True)
     assert p.returncode == 0, p.stderr
-    assert [line.partition(":")[0] for line in p.stderr.splitlines()] == ["step 6 of 12", "step 12 of 12"] # and nothing else
+    # and nothing else
+    assert [line.partition(":")[0] for line in p.stderr.splitlines()] == ["step 6 of 12", "step 12 of 12"]
     return where / "run", p.stdout
 
 
 # ---------------------------------------------------------------- start and help
 
-QUICK = [["--help"], ["--version"], ["demo", "--help"], ["train", "--help"], ["predict", "--help"], [], ["trian"], ["train", "--data", "digits"],
-         ["train", "--data", "digits", "--out", "r"], ["train", "--data", "nowhere", "--out", "r"], ["train", "--data", "digits", "--per-class", "0", "--out", "r"],
-         ["train", "--data", "digits", "--per-class", "1", "--algorithm", "fixmatch", "--gamma", "1", "--out", "r"], ["predict", "--run", "nowhere", "x.png"],
-         ["train", "--preset", "semi-aves", "--out", "r"], ["train", "--preset", "cifar", "--out", "r"], ["train", "--preset", "cifar10-n4", "--image-size", "100", "--out", "r"],
-         ["train", "--data", "digits", "--per-class", "1", "--normalisation", "encoder", "--out", "r"], ["train", "--data", "digits", "--per-class", "1", "--backbone", "resnet", "--out", "r"],
+QUICK = [["--help"], ["--version"], ["demo", "--help"], ["train", "--help"], ["predict", "--help"], [], ["trian"],
+         ["train", "--data", "digits"],
+         ["train", "--data", "digits", "--out", "r"], ["train", "--data", "nowhere", "--out", "r"],
+         ["train", "--data", "digits", "--per-class", "0", "--out", "r"],
+         ["train", "--data", "digits", "--per-class", "1", "--algorithm", "fixmatch", "--gamma", "1", "--out", "r"],
+         ["predict", "--run", "nowhere", "x.png"],
+         ["train", "--preset", "semi-aves", "--out", "r"], ["train", "--preset", "cifar", "--out", "r"],
+         ["train", "--preset", "cifar10-n4", "--image-size", "100", "--out", "r"],
+         ["train", "--data", "digits", "--per-class", "1", "--normalisation", "encoder", "--out", "r"],
+         ["train", "--data", "digits", "--per-class", "1", "--backbone", "resnet", "--out", "r"],
          ["bench", "--variants", "fast"]]
 
 
 def test_help_and_argument_errors_import_no_torch(tmp_path):
     code = ("import sys; from finessl.cli.main import main\n"
             f"codes = [main(argv) for argv in {QUICK!r}]\n"
-            "heavy = [m for m in ('torch', 'torchvision', 'open_clip', 'timm', 'numpy', 'sklearn', 'matplotlib', 'PIL') if m in sys.modules]\n"
+            "heavy = [m for m in ('torch', 'torchvision', 'open_clip', 'timm', 'numpy', 'sklearn', 'matplotlib', "
+            "'PIL') if m in sys.modules]\n"
             "print(codes, heavy)")
     begin = time.time()
     p = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=ENV, capture_output=True, text=True, check=True)
     assert p.stdout.splitlines()[-1] == f"{[0] * 5 + [2] * 14} []"
     assert time.time() - begin < 5
-    assert all(line.startswith("finessl: error: ") for line in p.stderr.splitlines()) and len(p.stderr.splitlines()) == 14, p.stderr
+    assert all(line.startswith("finessl: error: ")
+               for line in p.stderr.splitlines()) and len(p.stderr.splitlines()) == 14, p.stderr
     assert not list(tmp_path.iterdir())
 
 
 def test_defaults_are_those_of_fit_and_of_the_algorithms():
     args = cli_main.make_parser().parse_args(["train", "--data", "digits", "--out", "r"])
-    fit = {k: v.default for k, v in inspect.signature(training.fit).parameters.items()}
-    for key in ("peft", "batch", "mu", "seed", "init_seed", "precision", "evals", "device"): assert getattr(args, key) == fit[key], key
-    assert (args.steps, args.lr) == (fit["schedule"].steps, fit["schedule"].lr) and fit["n_prompts"] is None
+    fit = dataclasses.asdict(training.Settings()) | dataclasses.asdict(training.Runtime())
+    for key in ("peft", "batch", "mu", "seed", "init_seed", "precision", "evals", "device"):
+        assert getattr(args, key) == fit[key], key
+    assert (args.steps, args.lr) == training.Settings().schedule[:2] and fit["n_prompts"] is None
     for name, algorithm in {"finessl": FineSSL(), "fixmatch": FixMatch(), "labelled-only": SupervisedOnly()}.items():
         fields = dataclasses.asdict(algorithm)
         assert cli_options.OPTIONS[name] == {k: fields[k] for k in cli_options.OPTIONS[name]}
@@ -127,7 +137,8 @@ def test_options_reach_the_algorithm():
     (["--per-class", "1.5"], "--per-class: must be a whole number, got '1.5'"),
     (["--zeta", "2"], "--zeta: must be from 0 to 1, got 2"),
     (["--lr", "0"], "--lr: must be > 0, got 0"),
-    (["--lr", "nan"], "--lr: must be finite and > 0, got nan"), (["--gamma", "inf"], "--gamma: must be finite and >= 0, got inf"),
+    (["--lr", "nan"], "--lr: must be finite and > 0, got nan"),
+                                        (["--gamma", "inf"], "--gamma: must be finite and >= 0, got inf"),
     (["--algorithm", "fixmatch", "--gamma", "1"], "--gamma belongs to --algorithm finessl, not to fixmatch"),
     (["--tau", ".9"], "--tau belongs to --algorithm fixmatch, not to finessl"),
     (["--peft", "linear", "--prompts", "3"], "--prompts belongs to --peft vpt"),
@@ -141,12 +152,15 @@ def test_options_reach_the_algorithm():
     (["--device", "gpu"], "--device gpu"),
     (["--checkpoint", "none.safetensors"], "none.safetensors"),
     (["--per-class", "1000"], "fewer than the 1000"),
-    (["--backbone", "pockets"], "--backbone pockets: no such encoder; there are pocket, open_clip:ARCHITECTURE/PRETRAINED and timm:NAME; did you mean pocket?"),
+    (["--backbone", "pockets"],
+     "--backbone pockets: no such encoder; there are pocket, open_clip:ARCHITECTURE/PRETRAINED and timm:NAME; did you "
+     "mean pocket?"),
     (["--backbone", "open_clip:ViT-B-16-quickgelu"], "or a local file with --checkpoint FILE"),
     (["--checkpoint", __file__], "no weights file"),
     (["--image-size", "30"], "the image size must be a multiple of 8 pixels for pocket, got 30"),
     (["--normalisation", "encoder"], "--normalisation belongs to --preset"),
-    (["--labelled", "release"], "the release (labelled) drops the last incomplete batch: with 10 labelled images the batch must be <= 10, got 32"),
+    (["--labelled", "release"],
+     "the release (labelled) drops the last incomplete batch: with 10 labelled images the batch must be <= 10, got 32"),
     (["--prompt-init", "tokens", "--prompts", "500"], "(--prompts) must be between 0 and 160"),
 ])
 def test_mistakes_are_named(refused, tmp_path, argv, says):
@@ -176,7 +190,8 @@ def one_class(data):
     (lambda d: (d / "test/one").rename(d / "test/seven"), 2, "'seven'"),
     (lambda d: None, 7, "'one') has 6 images, fewer than the 7"),
     (lambda d: (d / "train").rename(d / "training"), 2, "train/"),
-], ids=["empty file", "cut file", "not an image", "cut, unlabelled", "one class", "test class missing in training", "too few images", "no train folder"])
+], ids=["empty file", "cut file", "not an image", "cut, unlabelled", "one class", "test class missing in training",
+        "too few images", "no train folder"])
 def test_bad_images_are_named_and_nothing_is_written(refused, folder, tmp_path, change, n, says):
     damaged(folder, tmp_path, change)
     assert says in refused("train", "--data", "data", *TINY, "--per-class", n, "--out", "run").replace("\\", "/")
@@ -193,18 +208,21 @@ def test_unreadable_images_are_left_out_when_asked(finessl, folder, tmp_path):
 def test_a_class_that_loses_its_images_says_so(refused, folder, tmp_path):
     damaged(folder, tmp_path, lambda d: [empty(d / f"train/one/{k}.png") for k in range(5)])
     argv = ["train", "--data", "data", *TINY, "--skip-unreadable", "--out", "run", "--per-class"]
-    assert "class 0 ('one') has 1 image, fewer than the 2 labelled ones asked for; 5 more were left out as unreadable" in refused(*argv, 2)
+    lost = "5 more were left out as unreadable"
+    assert f"class 0 ('one') has 1 image, fewer than the 2 labelled ones asked for; {lost}" in refused(*argv, 2)
     shutil.move(tmp_path / "data/train/one/5.png", tmp_path / "data/other.png")
     lines = [f"train/{c}/{k}.png" for c in ("one", "two") for k in range(5)]
     (tmp_path / "data/labelled.txt").write_text("\n".join(lines))
-    assert "class 0 ('one') has 0 images, fewer than the 1 labelled ones asked for; 5 more were left out as unreadable" in refused(*argv, 1)
+    assert f"class 0 ('one') has 0 images, fewer than the 1 labelled ones asked for; {lost}" in refused(*argv, 1)
     (tmp_path / "data/other.png").unlink()
     assert not (tmp_path / "run").exists()
 
 
 def test_named_data_offline(refused, monkeypatch, tmp_path):
-    monkeypatch.setattr(cli_options, "require_files", functools.partial(cli_options.require_files, ask=lambda url: "no network"))
-    for name, archive in {"cifar10": "cifar-10-python.tar.gz", "cifar100": "cifar-100-python.tar.gz", "food101": "food-101.tar.gz"}.items():
+    monkeypatch.setattr(cli_options, "require_files",
+                        functools.partial(cli_options.require_files, ask=lambda url: "no network"))
+    for name, archive in {"cifar10": "cifar-10-python.tar.gz", "cifar100": "cifar-100-python.tar.gz",
+                          "food101": "food-101.tar.gz"}.items():
         begin = time.time()
         err = refused("train", "--data", name, "--per-class", "1", "--out", "run", "--data-dir", "data")
         assert f"bring {archive}" in err and "put it into data" in err and time.time() - begin < 5
@@ -221,7 +239,8 @@ def test_debug_shows_the_traceback(finessl, monkeypatch):
 def test_the_unexpected_is_one_line_too(refused, monkeypatch):
     def broken(args): raise RuntimeError("first\nsecond")
     monkeypatch.setattr(cli_train, "load_dataset", broken)
-    assert "RuntimeError: first second (FINESSL_DEBUG=1" in refused("train", "--data", "digits", "--per-class", "1", "--out", "run", code=1)
+    assert "RuntimeError: first second (FINESSL_DEBUG=1" in refused("train", "--data", "digits", "--per-class", "1",
+                                                                    "--out", "run", code=1)
 
 
 # ---------------------------------------------------------------- runs
@@ -230,7 +249,9 @@ def test_train_says_what_it_did(trained):
     run, out = trained
     record = json.loads((run / "record.json").read_text())
     assert "3 classes, 3 labelled images, 23 in the pool, 12 for the test" in out and "after 12 steps" in out
-    assert record["command"].startswith("finessl train --data ") and record["algorithm"]["name"] == "FineSSL" and record["n_prompts"] == 2
+    assert record["command"].startswith("finessl train --data ")
+    assert record["algorithm"]["name"] == "FineSSL"
+    assert record["n_prompts"] == 2
     assert {p.name for p in run.iterdir()} - {".lock"} == {"record.json", "model.safetensors"}
 
 
@@ -243,7 +264,9 @@ def test_a_finished_folder_is_refused(refused, trained, folder):
 
 
 def test_quiet(finessl, folder):
-    assert finessl("train", "--data", folder, *TINY, "--algorithm", "labelled-only", "--out", "run", "--quiet") == (0, "", "")
+    assert finessl("train", "--data", folder, *TINY, "--algorithm", "labelled-only", "--out", "run", "--quiet") == (0,
+                                                                                                                    "",
+                                                                                                                    "")
 
 
 def test_a_loss_that_is_not_finite(refused, tmp_path):
@@ -251,15 +274,18 @@ def test_a_loss_that_is_not_finite(refused, tmp_path):
     assert "not finite at step 1" in refused(*argv, code=1)
     assert (tmp_path / "run/checkpoint.pt").exists() and not (tmp_path / "run/record.json").exists()
     assert "--resume" in refused(*argv)
-    assert "; no checkpoint was written" in refused(*argv[:-4], "--out", "other", code=1) and not (tmp_path / "other").exists()
+    assert "; no checkpoint was written" in refused(*argv[:-4], "--out", "other",
+                                                    code=1) and not (tmp_path / "other").exists()
 
 
 def test_seeds_are_separate(finessl, tmp_path):
     def run(name, *argv):
-        assert finessl("train", "--data", "digits", *TINY, "--steps", "1", "--evals", "1", "--out", name, "--quiet", *argv)[0] == 0
+        assert finessl("train", "--data", "digits", *TINY, "--steps", "1", "--evals", "1", "--out", name, "--quiet",
+                       *argv)[0] == 0
         return json.loads((tmp_path / name / "record.json").read_text())
     a, b = run("a", "--seed", "3"), run("b", "--seed", "3", "--split-seed", "4", "--init-seed", "5")
-    assert (a["seed"], a["dataset"]["seed"], a["init_seed"]) == (3, 3, 3) and (b["seed"], b["dataset"]["seed"], b["init_seed"]) == (3, 4, 5)
+    assert (a["seed"], a["dataset"]["seed"], a["init_seed"]) == (3, 3, 3) and (b["seed"], b["dataset"]["seed"],
+                                                                               b["init_seed"]) == (3, 4, 5)
 
 
 # ---------------------------------------------------------------- predict
@@ -278,9 +304,12 @@ def test_predict_is_run_predict(finessl, trained, folder, tmp_path):
     assert [[f"{v:.6f}" for v in row] for row in p.tolist()] == [line[3:] for line in lines]
     assert [head[3 + k] for k in p.argmax(1).tolist()] == [line[1] for line in lines]
     assert [f"{v:.6f}" for v in p.amax(1).tolist()] == [line[2] for line in lines]
-    right = [line[1] == Path(line[0]).parent.name for line in lines[:12]]      # the very number of the record: images are read as in training
-    assert sum(right) / 12 == pytest.approx(json.loads((run / "record.json").read_text())["evaluations"][-1]["accuracy"], abs=1e-6)
-    assert finessl("predict", "--run", run, folder / "test", folder / "unlabelled/0.png", "--out", "p.csv") == (0, "", "")
+    # the very number of the record: images are read as in training
+    right = [line[1] == Path(line[0]).parent.name for line in lines[:12]]
+    record = json.loads((run / "record.json").read_text())
+    assert sum(right) / 12 == pytest.approx(record["evaluations"][-1]["accuracy"], abs=1e-6)
+    assert finessl("predict", "--run", run, folder / "test", folder / "unlabelled/0.png", "--out", "p.csv") == (0, "",
+                                                                                                                "")
     assert (tmp_path / "p.csv").read_text() == out
 
 
@@ -297,33 +326,40 @@ def test_predict_names_what_it_cannot_read(refused, finessl, trained, folder, tm
     assert "nowhere.png: path does not exist" in refused("predict", "--run", run, "nowhere.png")
     assert "record.json is missing" in refused("predict", "--run", "nothing", "data/test/one/6.png")
     empty(tmp_path / "data/test/one/6.png")
-    assert "none of the 1 files can be read" in refused("predict", "--run", run, "data/test/one/6.png", "--skip-unreadable")
+    assert "none of the 1 files can be read" in refused("predict", "--run", run, "data/test/one/6.png",
+                                                        "--skip-unreadable")
     assert "does not exist" in refused("predict", "--run", run, "data/test/two", "--out", "no/p.csv")
 
 
-def less(record, **changes): return json.dumps({k: v for k, v in (json.loads(record) | changes).items() if v is not None}).encode()
+def less(record, **changes):
+    return json.dumps({k: v for k, v in (json.loads(record) | changes).items() if v is not None}).encode()
 
 
 @pytest.mark.parametrize("name, change, says", [
     ("model.safetensors", lambda b: b[:len(b) // 2], "is torn, or no file of weights"),
     ("model.safetensors", lambda b: b"", "is torn, or no file of weights"),
     ("model.safetensors", lambda b: b"PK" * 99, "is torn, or no file of weights"),
-    ("model.safetensors", lambda b: save({"a": torch.zeros(2)}), "does not fit the record beside it (a: [2] there, None here; "),
-    ("record.json", lambda b: less(b, n_prompts=5), "model.safetensors does not fit the record beside it (features.prompts: [4, 2, 128] there, [4, 5, 128] here)"),
+    ("model.safetensors", lambda b: save({"a": torch.zeros(2)}),
+     "does not fit the record beside it (a: [2] there, None here; "),
+    ("record.json", lambda b: less(b, n_prompts=5),
+     "model.safetensors does not fit the record beside it (features.prompts: [4, 2, 128] there, [4, 5, 128] here)"),
     ("record.json", lambda b: b[:len(b) // 2], "is torn, or no record of a run"),
     ("record.json", lambda b: b"\xff\xfe\x00\x80" * 9, "is torn, or no record of a run"),
     ("record.json", lambda b: b"[" * 10**5, "is torn, or no record of a run"),
     ("record.json", lambda b: b"[]", "is no record of a run: backbone, "),
     ("record.json", lambda b: less(b, classes=None), "is no record of a run: classes is missing or wrong"),
-    ("record.json", lambda b: less(b, classes=3, mean="x"), "is no record of a run: mean, classes are missing or wrong"),
+    ("record.json", lambda b: less(b, classes=3, mean="x"),
+     "is no record of a run: mean, classes are missing or wrong"),
 ])
 def test_a_damaged_run_is_named(refused, trained, folder, tmp_path, name, change, says):
     shutil.copytree(trained[0], tmp_path / "run")
     (tmp_path / "run" / name).write_bytes(change((tmp_path / "run" / name).read_bytes()))
-    assert (message := refused("predict", "--run", "run", folder / "test")).startswith("finessl: error: run") and says in message
+    assert (message := refused("predict", "--run", "run",
+                               folder / "test")).startswith("finessl: error: run") and says in message
     with pytest.raises(ValueError): load_run(tmp_path / "run")
     (tmp_path / "run/model.safetensors").unlink()
-    if name != "record.json": assert "model.safetensors is missing" in refused("predict", "--run", "run", folder / "test")
+    if name != "record.json":
+        assert "model.safetensors is missing" in refused("predict", "--run", "run", folder / "test")
 
 
 def test_weights_from_a_file(finessl, refused, tmp_path):
@@ -331,9 +367,11 @@ def test_weights_from_a_file(finessl, refused, tmp_path):
     torch.manual_seed(0)
     import timm
     save_file(timm.create_model("test_vit", num_classes=0).state_dict(), tmp_path / "vit.safetensors")
-    argv = ["--data", "digits", *TINY, "--steps", "2", "--backbone", "timm:test_vit", "--image-size", "32", "--checkpoint", "vit.safetensors", "--quiet"]
+    argv = ["--data", "digits", *TINY, "--steps", "2", "--backbone", "timm:test_vit", "--image-size", "32",
+            "--checkpoint", "vit.safetensors", "--quiet"]
     assert finessl("train", *argv, "--out", "run")[::2] == (0, "")
-    cli_demo.write_samples(cli_train.load_dataset(SimpleNamespace(data="digits", per_class=1, seed=0, split_seed=None)), tmp_path / "images")
+    cli_demo.write_samples(cli_train.load_dataset(SimpleNamespace(data="digits", per_class=1, seed=0, split_seed=None)),
+                           tmp_path / "images")
     code, out, _ = finessl("predict", "--run", "run", "images")
     assert code == 0 and len(rows(out)) == 11
     (tmp_path / "vit.safetensors").rename(tmp_path / "moved.safetensors")
@@ -357,7 +395,8 @@ def test_demo(finessl, tmp_path):
     for name in ("labelled-only", "fixmatch", "finessl"):
         record = json.loads((where / name / "record.json").read_text())
         assert record["backbone_hash"] == load_backbone("pocket").hash
-        assert record["evaluations"][-1]["accuracy"] == next(r["accuracy"] for k, r in table.items() if k.lower() == name)
+        assert record["evaluations"][-1]["accuracy"] == next(r["accuracy"] for k,
+                                                             r in table.items() if k.lower() == name)
     code, out, _ = finessl("predict", "--run", where / "finessl", where / "images")
     assert code == 0 and len(rows(out)) == 11
     assert finessl("demo", "--steps", "1", "--quiet") == (0, "", "")       # replaces the first
@@ -375,16 +414,19 @@ def test_demo_refuses_at_once(refused, tmp_path):
     assert sorted(p.name for p in tmp_path.rglob("*")) == ["file", "finessl", "record.json", "runs"]
 
 
-# ---------------------------------------------------------------- Ctrl-C (during training: test_training.py; in a demo: test_survive.py)
+# --- Ctrl-C (during training: test_training.py; in a demo: test_survive.py)
 
 @pytest.mark.skipif(os.name == "nt", reason="signals as POSIX has them")
 def test_ctrl_c_at_any_early_moment(tmp_path):
-    code = "import runpy; print(flush=True); runpy.run_module('finessl', run_name='__main__', alter_sys=True)" # says when Python itself has started
-    commands = (["train", "--data", "digits", "--per-class", "1", "--steps", "100000", "--batch", "4", "--out", "run"], ["demo", "--steps", "10000"])
+    # says when Python itself has started
+    code = "import runpy; print(flush=True); runpy.run_module('finessl', run_name='__main__', alter_sys=True)"
+    commands = (["train", "--data", "digits", "--per-class", "1", "--steps", "100000", "--batch", "4", "--out", "run"],
+                ["demo", "--steps", "10000"])
     started = []
     for k, seconds in enumerate((.2, .4, .7, 1.1, 1.6, 2.3, 3.3, 5.)):
         (tmp_path / str(k)).mkdir()
-        p = subprocess.Popen([sys.executable, "-c", code, *commands[k % 2]], cwd=tmp_path / str(k), env=ENV, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        p = subprocess.Popen([sys.executable, "-c", code, *commands[k % 2]], cwd=tmp_path / str(k), env=ENV, text=True,
+                             stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         p.stdout.readline()
         started.append((time.monotonic() + seconds, p))
     try:
@@ -402,4 +444,5 @@ def test_ctrl_c_before_the_first_step(finessl, monkeypatch):
     def stop(*args, **kwargs): raise KeyboardInterrupt
     monkeypatch.setattr(cli_train, "load_dataset", stop)
     code, out, err = finessl("train", "--data", "digits", "--per-class", "1", "--out", "run")
-    assert code == 130 and err.startswith("finessl: stopped before the first checkpoint; start again with: finessl train --data digits"), err
+    assert code == 130 and err.startswith("finessl: stopped before the first checkpoint; start again with: finessl "
+                                          "train --data digits"), err

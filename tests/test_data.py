@@ -1,8 +1,10 @@
-"Folders, image files and bad input: what a real disk holds. The mechanisms are tested in nbs/01_data.ipynb."
+"Folders, image files and bad input: what a real disk holds. The mechanisms are tested in their notebooks."
 import itertools
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,7 +12,8 @@ import torch
 from PIL import Image, features
 
 from finessl.engine.errors import DataError
-from finessl.data import Dataset, Split, batch_indices, check_dataset, digits, generator, holdout, split_labels
+from finessl.data import Dataset, Split, batch_indices, check_dataset, digits, generator, holdout
+from finessl.data import permutation_cache, split_labels
 from finessl.engine.images import ImageFiles, read_image
 from finessl.engine.folders import image_folder
 
@@ -31,7 +34,8 @@ def save(file, image=None, **options):
 def folder(tmp_path):
     "Two classes of four images each, with test and unlabelled parts."
     root = tmp_path / "my images é"
-    for k, (part, n) in enumerate({"train/cat": 4, "train/dog": 4, "test/cat": 2, "test/dog": 3, "unlabelled": 5}.items()):
+    for k, (part,
+            n) in enumerate({"train/cat": 4, "train/dog": 4, "test/cat": 2, "test/dog": 3, "unlabelled": 5}.items()):
         for i in range(n): save(root / part / f"{i}.png", picture(10 * k + i))
     return root
 
@@ -58,7 +62,9 @@ def test_every_mode_becomes_rgb(tmp_path, mode):
     elif mode == "P": image = grey.convert("RGB").convert("P", palette=Image.Palette.ADAPTIVE)
     else: image = grey.convert("RGB").convert(mode)
     x = pixels(save(tmp_path / ("a.tiff" if mode in ("I", "YCbCr", "CMYK") else "a.png"), image))
-    want = torch.from_numpy(np.array(grey.convert("1") if mode == "1" else grey).astype(np.int32)) * (255 if mode == "1" else 1)
+    want = torch.from_numpy(np.array(grey.convert("1") if mode == "1" else grey).astype(np.int32)) * (255
+                                                                                                      if mode == "1"
+                                                                                                      else 1)
     assert x.dtype == torch.uint8 and x.shape == (3, 24, 24)
     assert (x.int() - want).abs().max() <= 3
 
@@ -73,7 +79,9 @@ def test_16_bit_white_and_black(tmp_path):
     assert pixels(save(tmp_path / "a.png", Image.fromarray(deep)), 2)[0].tolist() == [[0, 255], [128, 0]]
 
 
-@pytest.mark.parametrize("array, reason", [(np.zeros((4, 4), np.float32), "floating-point"), (np.full((4, 4), 70000, np.int32), "32 bits")])
+@pytest.mark.parametrize("array, reason",
+                         [(np.zeros((4, 4), np.float32), "floating-point"),
+                          (np.full((4, 4), 70000, np.int32), "32 bits")])
 def test_pixels_of_unknown_range_are_refused(tmp_path, array, reason):
     with pytest.raises(DataError, match=f"a.tiff.*{reason}"): pixels(save(tmp_path / "a.tiff", Image.fromarray(array)))
 
@@ -86,7 +94,8 @@ def test_transparency_stands_on_white(tmp_path):
     palette = Image.new("P", (4, 4), 1)
     palette.putpalette([0, 0, 0, 200, 0, 0])
     assert (pixels(save(tmp_path / "c.png", palette, transparency=1), 4) == 255).all()
-    assert (pixels(save(tmp_path / "d.png", Image.new("RGB", (4, 4), (9, 9, 9)), transparency=(9, 9, 9)), 4) == 255).all()
+    assert (pixels(save(tmp_path / "d.png", Image.new("RGB", (4, 4), (9, 9, 9)), transparency=(9, 9, 9)),
+                   4) == 255).all()
 
 
 def test_animation_gives_its_first_frame(tmp_path):
@@ -98,7 +107,8 @@ def test_animation_gives_its_first_frame(tmp_path):
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_exif_orientation_is_applied(tmp_path, orientation):
     upright = picture(size=(24, 12))
-    inverse = {2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE", 6: "ROTATE_90", 7: "TRANSVERSE", 8: "ROTATE_270"}
+    inverse = {2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE", 6: "ROTATE_90",
+               7: "TRANSVERSE", 8: "ROTATE_270"}
     stored = upright.transpose(Image.Transpose[inverse[orientation]]) if orientation > 1 else upright
     exif = Image.Exif()
     exif[0x0112] = orientation
@@ -115,10 +125,12 @@ def test_enlarging_and_shrinking_are_antialiased_squashes(tmp_path):
 
 def test_folder(folder):
     d = check_dataset(image_folder(folder, n_per_class=2, seed=3))
-    assert d.classes == ("cat", "dog") and d.y_lb.tolist() == [0, 0, 1, 1] and d.y_ulb.tolist() == [0] * 4 + [1] * 4 + [-1] * 5
+    assert d.classes == ("cat", "dog") and d.y_lb.tolist() == [0, 0, 1, 1]
+    assert d.y_ulb.tolist() == [0] * 4 + [1] * 4 + [-1] * 5
     assert d.x_ulb.shape == (13, 3, 24, 24) and d.y_test.tolist() == [0, 0, 1, 1, 1]
     assert torch.equal(d.x_ulb[d.split.idx_lb], d.x_lb) and torch.equal(d.y_ulb[d.split.idx_lb], d.y_lb)
-    assert torch.equal(d.x_ulb[5], pixels(folder / "train/dog/1.png")) and torch.equal(d.x_test[-1], pixels(folder / "test/dog/2.png"))
+    assert torch.equal(d.x_ulb[5], pixels(folder / "train/dog/1.png"))
+    assert torch.equal(d.x_test[-1], pixels(folder / "test/dog/2.png"))
     assert d.split[:3] == ("folder:my images é", 3, 2) and d.split.skipped == 0
     assert d.split.hash != image_folder(folder, n_per_class=2, seed=4).split.hash
     os.rename(folder, folder.parent / "moved")
@@ -133,7 +145,8 @@ def test_without_n_every_image_is_labelled(folder):
 def test_no_test_and_no_unlabelled_part(tmp_path):
     for c in "ab": save(tmp_path / "train" / c / "0.png")
     d = check_dataset(image_folder(tmp_path, 1))
-    assert d.x_test.shape == (0, 3, 24, 24) and d.y_test.tolist() == [] and d.y_test.dtype == torch.int64 and len(d.x_ulb) == 2
+    assert d.x_test.shape == (0, 3, 24,
+                              24) and d.y_test.tolist() == [] and d.y_test.dtype == torch.int64 and len(d.x_ulb) == 2
 
 
 def test_lazy_and_eager_give_the_same(folder):
@@ -145,7 +158,8 @@ def test_lazy_and_eager_give_the_same(folder):
         assert a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b[:])
     assert eager.split.hash == lazy.split.hash and lazy.x_ulb.size == 256
     kept = holdout(lazy, n=3)
-    assert isinstance(kept.x_ulb, ImageFiles) and len(kept.x_ulb) == 12 and torch.equal(kept.x_ulb[kept.split.idx_lb], kept.x_lb[:])
+    assert isinstance(kept.x_ulb, ImageFiles) and len(kept.x_ulb) == 12 and torch.equal(kept.x_ulb[kept.split.idx_lb],
+                                                                                        kept.x_lb[:])
 
 
 def test_indexing_image_files(folder):
@@ -153,11 +167,14 @@ def test_indexing_image_files(folder):
     whole = x[:]
     for idx in (slice(2, 9, 3), [4, 4, 0], torch.tensor([12, 1]), np.array([3, 2]), torch.arange(13) > 8, slice(5, 5)):
         assert torch.equal(x[idx], whole[idx])
-    assert torch.equal(x[-2], whole[-2]) and torch.equal(x[np.int64(3)], whole[3]) and torch.equal(torch.stack(list(x)), whole)
+    assert torch.equal(x[-2], whole[-2]) and torch.equal(x[np.int64(3)], whole[3]) and torch.equal(torch.stack(list(x)),
+                                                                                                   whole)
     with pytest.raises(IndexError): x[13]
 
 
-@pytest.mark.parametrize("sizes, side", [([(20, 20)] * 2, 20), ([(20, 12)] * 2, 20), ([(20, 12), (12, 20)], 20), ([(20, 20), (20, 21)], 256),
+@pytest.mark.parametrize("sizes, side",
+                         [([(20, 20)] * 2, 20), ([(20, 12)] * 2, 20), ([(20, 12), (12, 20)], 20),
+                          ([(20, 20), (20, 21)], 256),
                                          ([(256, 256)] * 2, 256), ([(300, 300)] * 2, 256)])
 def test_side_of_the_images(tmp_path, sizes, side):
     for c, size in zip("ab", sizes): save(tmp_path / "train" / c / "0.png", picture(size=size))
@@ -214,7 +231,8 @@ def test_folders_without_images(folder, tmp_path):
 
 def broken_files(folder):
     whole = save(folder / "train/cat/good.jpg", picture(size=(200, 200)), quality=95).read_bytes()
-    bad = {"train/cat/empty.jpg": b"", "train/dog/text.png": b"this is no image", "test/cat/short.jpg": whole[:len(whole) // 2],
+    bad = {"train/cat/empty.jpg": b"", "train/dog/text.png": b"this is no image",
+           "test/cat/short.jpg": whole[:len(whole) // 2],
            "unlabelled/short.png": (folder / "unlabelled/0.png").read_bytes()[:120]}
     return {folder / name: content for name, content in bad.items()}
 
@@ -252,16 +270,19 @@ def test_nothing_is_written(folder):
 
 def own(**changes):
     x = torch.zeros(6, 3, 8, 8, dtype=torch.uint8)
-    return Dataset(x[:2], torch.tensor([0, 1]), x, torch.tensor([0, 1, -1, -1, 7, 0]), x[:1], torch.tensor([1]), ("a", "b"),
+    return Dataset(x[:2], torch.tensor([0, 1]), x, torch.tensor([0, 1, -1, -1, 7, 0]), x[:1], torch.tensor([1]),
+                   ("a", "b"),
                    Split("own", 0, 1, torch.tensor([0, 1]), "0" * 16))._replace(**changes)
 
 
 @pytest.mark.parametrize("changes, message", [
     (dict(x_lb=torch.zeros(2, 3, 8, 8)), "x_lb must be uint8"),
     (dict(x_ulb=np.zeros((6, 3, 8, 8), np.uint8)), "x_ulb must be a torch tensor .*ndarray"),
-    (dict(x_test=torch.zeros(1, 8, 8, 3, dtype=torch.uint8)), r"x_test must have shape \(N, 3, H, W\), got \(1, 8, 8, 3\)"),
+    (dict(x_test=torch.zeros(1, 8, 8, 3, dtype=torch.uint8)),
+     r"x_test must have shape \(N, 3, H, W\), got \(1, 8, 8, 3\)"),
     (dict(x_ulb=torch.zeros(6, 3, 9, 9, dtype=torch.uint8)), "x_ulb holds images of"),
-    (dict(x_ulb=torch.zeros(0, 3, 8, 8, dtype=torch.uint8), y_ulb=torch.zeros(0, dtype=torch.int64)), "x_ulb holds no images"),
+    (dict(x_ulb=torch.zeros(0, 3, 8, 8, dtype=torch.uint8), y_ulb=torch.zeros(0, dtype=torch.int64)),
+     "x_ulb holds no images"),
     (dict(y_lb=torch.tensor([0, 1, 1])), "y_lb holds 3 labels for 2 images"),
     (dict(y_lb=torch.tensor([0, 2])), r"y_lb\[1\] is 2; allowed is 0 to 1"),
     (dict(y_lb=torch.tensor([0, -1])), r"y_lb\[1\] is -1"),
@@ -303,22 +324,47 @@ def test_holdout():
 
 def test_frozen_streams():
     "These numbers are a promise: every record belongs to splits and orders drawn with them."
-    assert split_labels(torch.arange(3000) % 10, 1, 0).tolist() == [2740, 1071, 2192, 1383, 1144, 1145, 2526, 577, 2888, 2469]
+    promised = [2740, 1071, 2192, 1383, 1144, 1145, 2526, 577, 2888, 2469]
+    assert split_labels(torch.arange(3000) % 10, 1, 0).tolist() == promised
     assert digits(1, 0).split.hash == "169d5890d1342e03" and digits(4, 9, known=6).split.hash == "76ecdde314c0e2d6"
-    assert batch_indices(0, 3, 10, 8).tolist() == [9, 4, 0, 3, 1, 6, 4, 7] and batch_indices(1, 999, 5000, 4, 2).tolist() == [3635, 4764, 4899, 2859]
+    assert batch_indices(0, 3, 10, 8).tolist() == [9, 4, 0, 3, 1, 6, 4, 7]
+    assert batch_indices(1, 999, 5000, 4, 2).tolist() == [3635, 4764, 4899, 2859]
     assert torch.randint(1000, (4,), generator=generator(0, 3, 1)).tolist() == [828, 309, 169, 295]
 
 
 def test_splits_do_not_depend_on_the_process():
     code = "from finessl.data import *; print(digits(2, 7).split.hash, batch_indices(1, 50, 1397, 6).tolist())"
     runs = {subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,
-                           env=dict(os.environ, PYTHONHASHSEED=h, PYTHONPATH=os.pathsep.join(sys.path))).stdout for h in "12"}
+                           env=dict(os.environ, PYTHONHASHSEED=h, PYTHONPATH=os.pathsep.join(sys.path))).stdout
+            for h in "12"}
     assert runs == {f"{digits(2, 7).split.hash} {batch_indices(1, 50, 1397, 6).tolist()}\n"}
 
 
 def test_large_sampler_keeps_few_permutations():
     for step in range(0, 400_000, 40_000): batch_indices(0, step, 1_280_000, 32)
-    from finessl.data import _large_permutation
-    assert _large_permutation.cache_info().currsize <= 4
+    assert permutation_cache(1_280_000).cache_info().currsize <= 4
     row = torch.cat([batch_indices(3, s, 5000, 64) for s in range(200)])
     for epoch in itertools.islice(row.split(5000), 2): assert torch.equal(epoch.sort().values, torch.arange(5000))
+
+
+# --- found by name ---------------------------------------------------------------------------------------------------
+
+def test_what_reads_folders_is_found_in_data():
+    "Old import paths keep working, and nothing of the workshop's folders is imported before it is asked for."
+    code = ("import sys, finessl.data as d; assert 'finessl.engine.folders' not in sys.modules;"
+            "from finessl.data import image_folder, image_lists, read_image, ImageFiles, DataError, UnreadableError;"
+            "print(image_folder.__module__)")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,
+                          env=dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path)))
+    assert done.stdout == "finessl.engine.folders\n"
+    with pytest.raises(ImportError, match="image_folders"): from finessl.data import image_folders  # noqa: F401
+
+
+def test_checks_are_found_by_name():
+    import finessl.checks
+    named = [n for n in dir(finessl.checks) if n.startswith("check_")]
+    for name in named: assert callable(getattr(finessl.checks, name)), name
+    texts = [f.read_text(encoding="utf-8") for f in Path(finessl.checks.__path__[0]).glob("*.py")]
+    defined = [name for text in texts for name in re.findall(r"^def (check_\w+)", text, re.M)]
+    assert len(defined) > 20 and sorted(defined) == sorted(named), "a name twice, or one that is not found"
+    with pytest.raises(AttributeError, match="no 'check_nothing'"): finessl.checks.check_nothing

@@ -4,7 +4,8 @@ from pathlib import Path
 import pytest
 
 root = Path(__file__).resolve().parent.parent
-tools = {"nbdev", "fastcore", "execnb", "IPython", "ipykernel", "jupyter", "jupyterlab", "nbformat", "nbclient", "nbconvert", "pytest", "setuptools"}
+tools = {"nbdev", "fastcore", "execnb", "IPython", "ipykernel", "jupyter", "jupyterlab", "nbformat", "nbclient",
+         "nbconvert", "pytest", "setuptools"}
 
 
 @pytest.mark.parametrize("path", sorted((root / "finessl").glob("*.py")), ids=lambda p: p.stem)
@@ -19,7 +20,9 @@ def test_modules_import_no_development_tool(path):
 def test_wheel_holds_weights_and_works_away_from_the_clone(tmp_path):
     run = lambda *a, **kw: subprocess.run([sys.executable, *a], check=True, capture_output=True, text=True, **kw)
     source = tmp_path / "source"
-    run("-c", f"import shutil; shutil.copytree({str(root)!r}, {str(source)!r}, ignore=shutil.ignore_patterns('.venv', '.git', 'nbs', 'figures', 'build', '*.egg-info'))")
+    run("-c",
+        f"import shutil; shutil.copytree({str(root)!r}, {str(source)!r}, "
+        "ignore=shutil.ignore_patterns('.venv', '.git', 'nbs', 'figures', 'build', '*.egg-info'))")
     run("-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", str(tmp_path), str(source))
     wheel, = tmp_path.glob("finessl-*.whl")
     names = zipfile.ZipFile(wheel).namelist()

@@ -31,7 +31,9 @@ def test_every_kind_of_run_gives_a_record_that_json_can_write(tmp_path, monkeypa
     for name in ("SCHEDULE", "LONGER"): monkeypatch.setattr(photos, name, Schedule(3))
     monkeypatch.setattr(photos, "PROMPTS", 2)
     dataset, encoder = photos.photo_split(folder(tmp_path), 1, seed=0, pool=4, test=3), tiny_encoder("timm")
-    jobs = {(j["row"], j["start"]): j for j in photos.plan_runs((0,), ()) if j["n_per_class"] == (1 if j["row"] in ("encoder", *photos.methods(1)) else 4)}
+    jobs = {(j["row"], j["start"]): j
+            for j in photos.plan_runs((0,), ())
+            if j["n_per_class"] == (1 if j["row"] in ("encoder", *photos.methods(1)) else 4)}
     assert len(jobs) == 1 + 3 * 2 + len(photos.ABLATIONS) + 3   # with both starts, and longer
     for (row, start), job in jobs.items():
         record = json.loads(json.dumps(photos.run_photo(job, dataset, encoder)))
@@ -45,23 +47,29 @@ def test_every_kind_of_run_gives_a_record_that_json_can_write(tmp_path, monkeypa
 
 def test_the_runs_of_the_papers_length_differ_in_what_they_say_alone(tmp_path, monkeypatch):
     assert photos.plan_full_runs()[0]["schedule"] == Schedule(15_000, lr=.03, decay="epoch", reset_pace_every=500)
-    assert len({(j["row"], j["start"], j["n_per_class"], j["seed"]) for j in photos.plan_full_runs()}) == len(photos.plan_full_runs()) == 27
-    for name, steps in (("paper", 4), ("LONGER", 2)): monkeypatch.setattr(photos, name, Schedule(steps))
+    assert len({(j["row"], j["start"], j["n_per_class"], j["seed"])
+                for j in photos.plan_full_runs()}) == len(photos.plan_full_runs()) == 27
+    for name, steps in (("PAPER_SCHEDULE", 4), ("LONGER", 2)): monkeypatch.setattr(photos, name, Schedule(steps))
     monkeypatch.setattr(photos, "PROMPTS", 2)
     dataset, encoder = photos.photo_split(folder(tmp_path), 1, seed=0, pool=4, test=3), tiny_encoder("timm")
     made = [json.loads(json.dumps(photos.run_photo(job, dataset, encoder))) for job in photos.plan_full_runs((0,), 1)]
     assert all(r["study"] == "whole" and "--whole" in r["command"] and "pool" not in r for r in made)
     runs = {(r["row"], r["start"]): r for r in made if r["row"] != "encoder"}
     assert len(runs) == 8 and {len(r["evaluations"]) for r in runs.values()} == {1, 2}
-    alike = lambda r: {k: v for k, v in r.items() if k in ("dataset", "split", "batch", "mu", "n_prompts", "lr", "precision", "init_seed", "labelled", "views")}
+    alike = lambda r: {k: v for k,
+                       v in r.items()
+                       if k in ("dataset", "split", "batch", "mu", "n_prompts", "lr", "precision", "init_seed",
+                                "labelled", "views")}
     assert all(alike(r) == alike(made[0]) for r in runs.values())
     for (row, start), r in runs.items():
-        assert r["prompt_init"] == start and r["schedule"]["steps"] == int(row.split()[-2]) and r["algorithm"]["name"] in row.replace("labelled-only", "LabelledOnly")
+        assert r["prompt_init"] == start
+        assert r["schedule"]["steps"] == int(row.split()[-2])
+        assert r["algorithm"]["name"] in row.replace("labelled-only", "SupervisedOnly")
 
 
 def test_gamma_rises_to_its_value():
     rising = photos.GammaWarmup(rise=2)
-    z, a = torch.randn(4, 3, generator=torch.Generator().manual_seed(0)), torch.randn(4, 3, generator=torch.Generator().manual_seed(1))
+    z, a = (torch.randn(4, 3, generator=torch.Generator().manual_seed(s)) for s in (0, 1))
     step = photos_step(z, a)
     state = rising.init(10, 3)
     first, second, third = (float(rising(step, state)[0]) for _ in range(3))

@@ -11,14 +11,18 @@ script = lambda name: str(Path(sys.executable).with_name(name))
 @pytest.fixture
 def copy(tmp_path):
     "A copy of what nbdev reads and writes."
-    for name in ("nbs", "finessl"): shutil.copytree(root / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints"))
+    for name in ("nbs", "finessl"):
+        shutil.copytree(root / name, tmp_path / name,
+                        ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints"))
     for name in ("settings.ini", "pyproject.toml"): shutil.copy(root / name, tmp_path)
     return tmp_path
 
 
 def differing(a, b, pattern):
-    names = {p.name for p in (*a.glob(pattern), *b.glob(pattern))}
-    return sorted(n for n in names if not ((a / n).exists() and (b / n).exists() and filecmp.cmp(a / n, b / n, shallow=False)))
+    names = {str(p.relative_to(x)) for x in (a, b) for p in x.rglob(pattern)}
+    return sorted(n
+                  for n in names
+                  if not ((a / n).exists() and (b / n).exists() and filecmp.cmp(a / n, b / n, shallow=False)))
 
 
 def test_exporting_again_changes_nothing(copy):
@@ -42,29 +46,33 @@ def test_ci_runs_the_command_of_the_readme():
 
 def test_outputs_hold_no_machine_path_and_no_error():
     machine = re.compile(r"(/home/|/Users/|/root/|/tmp/|/work/|site-packages|[A-Z]:\\\\Users)")
-    for path in sorted((root / "nbs").glob("*.ipynb")):
+    for path in sorted((root / "nbs").rglob("*.ipynb")):
         for cell in nbformat.read(path, as_version=4).cells:
             for output in cell.get("outputs", []):
                 assert output.output_type != "error", f"{path.name}: {output.evalue}"
-                text = str({k: v for k, v in output.get("data", {}).items() if not k.startswith("image/")}) + output.get("text", "")
-                assert not machine.search(text), f"{path.name}: {machine.search(text).group()} in an output of {cell.source[:60]!r}"
+                text = str({k: v for k,
+                            v in output.get("data", {}).items() if not k.startswith("image/")}) + output.get("text", "")
+                where = f"{path.name}: in an output of {cell.source[:60]!r}"
+                assert not machine.search(text), f"{machine.search(text).group()}, {where}"
 
 
 def test_records_hold_no_machine_path():
     machine = re.compile(r"(/home/|/Users/|/root/|/tmp/|/work/|[A-Z]:\\\\Users)")
     files = [p for p in (root / "figures").rglob("*") if p.suffix in (".json", ".jsonl", ".csv")]
     assert files
-    for p in files: assert not machine.search(text := p.read_text(encoding="utf-8")), f"{p.name}: {machine.search(text).group()}"
+    for p in files:
+        assert not machine.search(text := p.read_text(encoding="utf-8")), f"{p.name}: {machine.search(text).group()}"
 
 
 def test_every_code_cell_with_pictures_was_run():
-    for path in sorted((root / "nbs").glob("*.ipynb")):
+    for path in sorted((root / "nbs").rglob("*.ipynb")):
         cells = [c for c in nbformat.read(path, as_version=4).cells if c.cell_type == "code"]
         assert any(c.outputs for c in cells), f"{path.name} was committed without its outputs"
 
 
 def test_code_in_notebooks_needs_no_scrolling_sideways():
-    for path in sorted((root / "nbs").glob("*.ipynb")):
+    for path in sorted((root / "nbs").rglob("*.ipynb")):
         for cell in nbformat.read(path, as_version=4).cells:
             if cell.cell_type != "code": continue
-            for line in cell.source.splitlines(): assert len(line) <= 140 and line == line.rstrip(), f"{path.name}: {len(line)} characters in {line!r}"
+            for line in cell.source.splitlines():
+                assert len(line) <= 140 and line == line.rstrip(), f"{path.name}: {len(line)} characters in {line!r}"

@@ -23,21 +23,25 @@ def test_no_run_is_recorded_twice_and_each_says_how_it_was_made():
         records = read_records(path)
         runs = [(r["row"], r.get("start"), r["n_per_class"], r["seed"], r["known"]) for r in records]
         assert len(set(runs)) == len(runs), path.name
-        assert all(r["command"].startswith("python -m finessl") and r["versions"]["torch"] and r["device"] for r in records), path.name
+        assert all(r["command"].startswith("python -m finessl") and r["versions"]["torch"] and r["device"]
+                   for r in records), path.name
 
 
 def test_every_picture_has_its_data_beside_it():
     pictures = sorted((root / "figures").glob("*.png"))
     assert pictures
-    for p in pictures: assert p.with_suffix(".csv").exists() or p.with_suffix(".json").exists(), f"{p.name} stands without its data"
+    for p in pictures:
+        assert p.with_suffix(".csv").exists() or p.with_suffix(".json").exists(), f"{p.name} stands without its data"
 
 
 def test_a_study_that_is_recorded_says_so_and_how_to_make_it_again(capsys):
     folder = root / "figures" / "records"
     before = {p: p.stat().st_mtime_ns for p in folder.glob("*.jsonl")}
     comparison.main(["references", "constants", "more", "--records", str(folder)])
-    assert capsys.readouterr().out.splitlines() == [f"all {n} runs of {study} are recorded in {folder}; --records NEW makes them again"
-                                                    for study, n in (("references", 360), ("constants", 270), ("more", 270))]
+    runs = {"references": 360, "constants": 270, "more": 270}
+    said = [f"all {n} runs of {study} are recorded in {folder}; --records NEW makes them again"
+            for study, n in runs.items()]
+    assert capsys.readouterr().out.splitlines() == said
     assert {p: p.stat().st_mtime_ns for p in folder.glob("*.jsonl")} == before
 
 
@@ -58,10 +62,13 @@ def test_what_the_readme_says_of_photographs_is_what_the_records_say():
     df = photo_results(root / "figures" / "records")
     text = (root / "README.md").read_text(encoding="utf-8")
     for n in (1, 2, 4):
-        wide = df[(df.N == n) & (df.start == "tokens")].pivot(index="seed", columns="row", values="accuracy")[["FineSSL, 600 steps", "FixMatch, 600 steps"]].dropna()
-        p = str(paired(*wide.T.to_numpy())).replace("+", "")
+        wide = df[(df.N == n) & (df.start == "tokens")].pivot(index="seed", columns="row",
+                                                              values="accuracy")[["FineSSL, 600 steps",
+                                                                                  "FixMatch, 600 steps"]].dropna()
+        p = str(paired_t_interval(*wide.T.to_numpy())).replace("+", "")
         assert len(wide) == 10 and p in text, p
     whole = photo_results(root / "figures" / "records", "whole")
-    last = whole[(whole.start == "tokens") & whole.row.str.endswith(", 15000 steps")].pivot(index="seed", columns="row", values="accuracy")
-    p = str(paired(*last[["FineSSL, 15000 steps", "FixMatch, 15000 steps"]].to_numpy().T)).replace("+", "")
+    last = whole[(whole.start == "tokens") & whole.row.str.endswith(", 15000 steps")].pivot(index="seed", columns="row",
+                                                                                            values="accuracy")
+    p = str(paired_t_interval(*last[["FineSSL, 15000 steps", "FixMatch, 15000 steps"]].to_numpy().T)).replace("+", "")
     assert len(last) == 3 and f"by {p} points" in text, p

@@ -9,3 +9,40 @@ __all__ = []
 import math
 import torch
 from . import assert_close, raises
+
+# %% ../../nbs/04_bias.ipynb #f0bc79b3
+def check_class_entropy(f):
+    "Assert that `f` meets the specification of `class_entropy`."
+    assert_close(f(torch.tensor([6, 3, 3])), 1.5 * math.log(2))          # by hand: ½·ln 2 + 2·¼·ln 4
+    assert_close(f(torch.tensor([5, 5, 5, 5])), math.log(4))             # even: ln C
+    assert_close(f(torch.tensor([7, 0, 0])), 0.)                         # one class has all, and 0·ln 0 = 0
+    counts = torch.tensor([1., 20., 300., 4.])
+    assert_close(f(counts), f(counts.flip(0)))
+    assert_close(f(counts), f(10 * counts))                              # shares alone matter
+    reference = torch.distributions.Categorical(counts.double()).entropy()
+    assert_close(f(counts), reference)                                   # an independent reference
+    with raises(ValueError): f(torch.zeros(3))
+
+# %% ../../nbs/04_bias.ipynb #a096ca19
+def check_calibration_error(f):
+    "Assert that `f` meets the specification of `calibration_error`."
+    conf, right = torch.tensor([.4, .8, .6]), torch.tensor([True, True, False])
+    assert_close(f(conf, right, 2), 1 / 3 * .6 + 2 / 3 * .2)                    # by hand
+    perfect = f(torch.tensor([1., 0., 1.]), torch.tensor([True, False, True]), 10)
+    assert_close(perfect, 0.)                                                   # on the outermost edges
+    assert_close(f(torch.full((4,), .75), torch.tensor([True, True, True, False]), 7), 0.)      # 75 % are right
+    assert_close(f(torch.tensor([.9, .9]), torch.tensor([True, False]), 5), .4) # too confident …
+    assert_close(f(torch.tensor([.5, .5]), torch.tensor([True, True]), 1), .5)  # … and too little both count …
+    assert_close(f(torch.tensor([.9, .3]), torch.tensor([False, True]), 2), .8) # … and do not cancel
+    g = torch.Generator().manual_seed(0)
+    conf = torch.rand(500, generator=g)
+    right = torch.rand(500, generator=g) < conf ** 2
+    order = torch.randperm(500, generator=g)
+    assert_close(f(conf[order], right[order], 15), f(conf, right, 15))
+    total = 0.                                                                  # an independent reference: bin by bin
+    for b in range(15):
+        inside = (conf > b / 15) & (conf <= (b + 1) / 15)
+        if inside.any(): total += abs(conf[inside].sum().item() - inside[right].sum().item()) / 500
+    assert_close(f(conf, right, 15), total, atol=1e-5)
+    with raises(ValueError): f(conf, right, 0)
+    with raises(ValueError): f(conf * 20, right, 15)

@@ -8,3 +8,79 @@ __all__ = []
 # %% ../../nbs/checks/00_data.ipynb #b0b65893
 import torch
 from . import assert_close, raises
+
+# %% ../../nbs/01_data.ipynb #6753cfeb
+def check_generator(f):
+    "Assert that `f(seed, step, stream=0)` gives every step of every use its own random numbers, repeatably."
+    def numbers(*key): return torch.rand(64, generator=f(*key))
+    state = torch.get_rng_state()
+    assert_close(numbers(3, 5), numbers(3, 5))                       # the same step again: the same numbers
+    assert_close(numbers(3, 5), numbers(3, 5, 0))
+    for other in ((3, 6), (4, 5), (5, 3), (3, 5, 1), (8, 0), (0, 8)):
+        assert not torch.equal(numbers(3, 5), numbers(*other)), f"(3, 5) and {other} share their numbers"
+    assert torch.equal(state, torch.get_rng_state()), "torch's global generator was touched"
+    assert f(0, 0).device.type == "cpu", "views are drawn on the CPU, whatever the device"
+
+# %% ../../nbs/01_data.ipynb #a6739cdb
+def check_split_labels(f):
+    "Assert that `f(y, n_per_class, seed)` draws a balanced, seeded, nested labelled part."
+    y = torch.tensor([2, 0, 1, 1, 0, 0, 1, 2, 2, 1] * 6)
+    state = torch.get_rng_state()
+    idx = f(y, 3, 0)
+    assert idx.dtype == torch.int64 and idx.shape == (9,), f"expected 9 int64 positions, got {idx.dtype} {idx.shape}"
+    assert_close(y[idx].bincount(), [3, 3, 3])                                   # balanced
+    assert len(idx.unique()) == 9, "an image was drawn twice"
+    assert_close(f(y, 3, 0), idx)                                                # repeatable
+    assert len({tuple(f(y, 3, s).tolist()) for s in range(8)}) == 8, "the split does not depend on the seed"
+    assert set(f(y, 1, 0).tolist()) < set(idx.tolist()), "N = 1 does not lie inside N = 3"
+    everything = torch.cat([f(y, 1, s) for s in range(300)])
+    assert len(everything.unique()) == len(y), "some images are never drawn, whatever the seed"
+    assert torch.equal(state, torch.get_rng_state()), "torch's global generator was touched"
+    with raises(ValueError, match="class 0 .*3"): f(torch.tensor([0, 1, 1, 1]), 3, 0)
+    with raises(ValueError, match="class 1"): f(torch.tensor([0, 2]), 1, 0)      # a class without any image
+    for bad in (0, -1, 1.5):
+        with raises(ValueError): f(y, bad, 0)
+    with raises(ValueError): f(torch.tensor([0, 1, -1]), 1, 0)
+
+# %% ../../nbs/01_data.ipynb #d55af662
+def check_batch_indices(f):
+    "Assert that `f(seed, step, n, batch, stream=0)` is a fair, stateless, endless sampler."
+    state = torch.get_rng_state()
+    for n, batch in ((10, 8), (10, 32), (7, 7), (5, 1), (5000, 64)):
+        later = f(0, 9, n, batch)                                                # asked for first
+        batches = [f(0, step, n, batch) for step in range(10)]
+        assert batches[0].dtype == torch.int64 and batches[0].shape == (batch,), "expected (batch,) int64"
+        assert_close(batches[9], later)                                          # history does not matter
+        row = torch.cat(batches)
+        counts = row.bincount(minlength=n)
+        assert len(counts) == n, f"an index of {n} or more was drawn"
+        assert counts.max() - counts.min() <= 1, \
+            f"of {n} images some were drawn {counts.min()} times, some {counts.max()} times"
+        for one_pass in row[:len(row) // n * n].view(-1, n): assert_close(one_pass.sort().values, torch.arange(n))
+    orders = [f(0, step, 10, 10).tolist() for step in range(20)]
+    assert len(set(map(tuple, orders))) == 20, "the passes repeat one order"
+    for other in (f(1, 0, 50, 50), f(0, 1, 50, 50), f(0, 0, 50, 50, 1), f(0, 0, 50, 50, stream=2)):
+        assert not torch.equal(f(0, 0, 50, 50), other), "seed, step or stream has no influence"
+    taken = f(0, 0, 5000, 8)
+    taken += 1                                                                   # the caller may change what it gets
+    assert_close(f(0, 0, 5000, 8), taken - 1)
+    assert torch.equal(state, torch.get_rng_state()), "torch's global generator was touched"
+    with raises(ValueError): f(0, 0, 0, 8)
+
+# %% ../../nbs/01_data.ipynb #adadc482
+def check_draws(start):
+    "Assert that `start(x, batch)(step) -> (idx, views)` drops no image, freezes no augmentation and repeats no batch."
+    x = torch.zeros(10, 3, 8, 8)
+    def first(batch, steps):
+        draw = start(x, batch)
+        idx, views = zip(*(draw(step) for step in range(steps)))
+        return torch.cat(idx), torch.cat(views).flatten(1)
+    idx, _ = first(batch=8, steps=25)
+    counts = idx.bincount(minlength=10)
+    assert counts.min() > 0, f"labelled image {int(counts.argmin())} was dropped for good"
+    assert counts.max() - counts.min() <= 1, f"images were drawn {counts.min()} to {counts.max()} times"
+    idx, views = first(batch=5, steps=20)
+    fresh = views.unique(dim=0)
+    assert len(fresh) == len(views), f"frozen augmentation: {len(views)} views, only {len(fresh)} different ones"
+    company = {tuple(sorted(batch)) for batch in idx.view(-1, 5).tolist()}
+    assert len(company) > 10, f"cached batches: only {len(company)} different ones in 20 steps"

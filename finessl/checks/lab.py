@@ -8,3 +8,19 @@ __all__ = []
 # %% ../../nbs/checks/00_lab.ipynb #ef4e6cb4
 import torch
 from . import assert_close, raises
+
+# %% ../../nbs/02_lab.ipynb #0a66a884
+def check_cached_view(f):
+    "Assert that `f(feat)` meets the specification of `CachedView`."
+    feat = torch.arange(4 * 3 * 2.).reshape(4, 3, 2)             # entry [v, i, d] = 6v + 2i + d
+    view, x = f(feat), torch.tensor([2, 0, 2])
+    by_hand = [[10., 11.], [0., 1.], [22., 23.]]
+    assert_close(view(x, {"view": torch.tensor([1, 0, 3])}), by_hand)
+    assert_close(view(x), feat[0, x])                            # no draw: the first view
+    draw = lambda seed, n: view.sample_params(n, torch.Generator().manual_seed(seed))["view"]
+    assert torch.equal(draw(0, 500), draw(0, 500)), "the same generator gave two draws"
+    assert not torch.equal(draw(0, 500), draw(1, 500)), "the draw does not depend on the generator"
+    counts = draw(0, 4000).bincount(minlength=4)
+    assert len(counts) == 4 and counts.min() > 800, \
+        f"every stored view should be drawn for a quarter of the images, got {counts.tolist()}"
+    with raises(ValueError): f(feat[0])

@@ -10,22 +10,24 @@ import math
 import torch
 from . import assert_close, raises
 
-# %% ../../nbs/studies/statistics.ipynb #d8eac61d
+# %% ../../nbs/studies/statistics.ipynb #8a7a7a4d
 def check_paired_t_interval(f):
     "Assert that `f` meets the specification of `paired_t_interval`."
     r = f([11., 22., 33.], [10., 20., 30.])                        # by hand: differences 1, 2, 3
-    assert_close([r[0], r[1], r[2]], [2., 2 - 4.302653 / math.sqrt(3), 2 + 4.302653 / math.sqrt(3)], atol=1e-5)
+    half = 4.302653 / math.sqrt(3)
+    assert_close([r[0], r[1], r[2]], [2., 2 - half, 2 + half], atol=1e-5)
     s = f([10., 20., 30.], [11., 22., 33.])                        # swapped: the mirror image
     assert_close([s[0], s[1], s[2]], [-r[0], -r[2], -r[1]])
     same = f([1., 5., 9.], [0., 4., 8.])                           # the same difference everywhere: no width
     assert_close([same[0], same[1], same[2]], [1., 1., 1.])
-    g = torch.Generator().manual_seed(0)                           # an interval of 95 % covers the truth in 95 % of the cases
+    g = torch.Generator().manual_seed(0)                           # 95 % covers the truth in 95 % of the cases
     covers = [(lambda r: r[1] <= 0 <= r[2])(f(*torch.randn(2, 4, generator=g).tolist())) for _ in range(2000)]
-    assert .935 < sum(covers) / 2000 < .965, f"covers the true difference in {sum(covers) / 20:.1f} % of the cases, not 95 %"
+    share = sum(covers) / 2000
+    assert .935 < share < .965, f"covers the true difference in {100 * share:.1f} % of the cases, not 95 %"
     with raises(ValueError): f([1., 2.], [1., 2., 3.])
     with raises(ValueError): f([1.], [2.])
 
-# %% ../../nbs/studies/statistics.ipynb #14042c57
+# %% ../../nbs/studies/statistics.ipynb #de272ac0
 def check_sanity_check(f):
     "Assert that `f` meets the specification of `sanity_check`."
     record = lambda *util: {"evaluations": [{"step": 10 * (i + 1), "util": u} for i, u in enumerate(util)]}
@@ -35,5 +37,6 @@ def check_sanity_check(f):
     assert r["passes"]
     assert not f([.7, .8], [.66, .78], [kept])["passes"]           # 3 points under the probe
     assert f([.7, .8], [.9, .9], [kept])["passes"]                 # above it is allowed
-    assert not f([.7], [.7], [record(1., 1., 1., 1., 1., 1., .1, .1)])["passes"]   # kept early only
+    early = record(1., 1., 1., 1., 1., 1., .1, .1)
+    assert not f([.7], [.7], [early])["passes"]                    # kept early only
     with raises(ValueError): f([.7], [.7, .8], [kept])

@@ -12,6 +12,7 @@ from .demo import add_demo
 from .options import Parser, env_rank, prog_name
 from .predict import add_predict
 from .train import add_train
+from ..engine.errors import PeerFailed, TrainingError, UnreadableError
 
 # %% ../../nbs/cli/main.ipynb #87fbb0dd
 MAIN = """Fine-tune a frozen foundation model from a handful of labels (FineSSL, Gan & Wei 2024).
@@ -39,9 +40,11 @@ def main(
     "The `finessl` command: 0 done, 1 a run failed, 2 the command or its input is wrong, 130 Ctrl-C."
     whole, args = argv is None, argparse.Namespace()           # whole: this process is for nothing else
     argv = sys.argv[1:] if whole else [str(a) for a in argv]
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")        # torch's threads sleep while they wait, rather than take each other's core
+    # torch's threads sleep while they wait, rather than take each other's core
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     debug = "--debug" in argv or os.environ.get("FINESSL_DEBUG", "0") not in ("", "0")
-    stopped = lambda said="": "" if env_rank() else format_message(resume_command(said, argv, args), "") # the first process says it
+    # the first process says it
+    stopped = lambda said="": "" if env_rank() else format_message(resume_command(said, argv, args), "")
     try:
         if whole and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
             signal.signal(signal.SIGINT, signal.default_int_handler if debug else lambda *_: exit_on_sigint(stopped()))
@@ -59,8 +62,8 @@ def main(
         return 1
     except Exception as e:
         if debug: raise
-        if type(e).__name__ == "Stopped": return 1             # another process says it
-        message, code = error_message(e)
+        if isinstance(e, PeerFailed): return 1             # another process says it
+        message, code = error_message(e, getattr(args, "skip_unreadable", False))
         return print_error(format_message(message), code)
     finally:
         if whole: signal.signal(signal.SIGINT, signal.SIG_IGN) # the exit code stands
@@ -80,11 +83,13 @@ def exit_on_sigint(text: str):
     os.write(2, text.encode())
     os._exit(130)
 
-def error_message(e: Exception): # -> message, exit code
+# skipping: unreadable files are left out already; -> message, exit code
+def error_message(e: Exception, skipping: bool = False):
     "What to print for an error: its own sentence where it is one of ours, its type otherwise."
-    if type(e).__name__ in ("TrainingError", "NotFinite", "Lost"): return str(e), 1
+    if isinstance(e, TrainingError): return str(e), 1
     said = f"{e.filename}: {e.strerror.lower()}" if isinstance(e, OSError) and e.filename and e.strerror else str(e)
-    if "cannot read image" in said and "none is left" not in said: said += "; mend it, or leave such files out with --skip-unreadable"
+    if isinstance(e, UnreadableError) and not skipping:
+        said += "; mend it, or leave such files out with --skip-unreadable"
     if isinstance(e, (ValueError, FileNotFoundError)): return said, 2
     if isinstance(e, OSError): return said, 1
     return f"{type(e).__name__}: {e} (FINESSL_DEBUG=1 shows where)", 1
@@ -93,9 +98,11 @@ def resume_command(stopped: str, argv: list[str], args) -> str:
     "After Ctrl-C: what is kept, and the command that goes on from there."
     again, command = shlex.join([*prog_name().split(), *(a for a in argv if a != "--resume")]), argv[0] if argv else ""
     there = lambda pattern: hasattr(args, "out") and any(args.out.glob(pattern))
-    if command == "train" and there("record.json"): return f"{stopped or 'stopped when the run was done'}; it is in {args.out}"
+    if command == "train" and there("record.json"):
+        return f"{stopped or 'stopped when the run was done'}; it is in {args.out}"
     if command == "train" and there("*checkpoint.pt"):
-        started = "the same torchrun command and --resume" if int(os.environ.get("WORLD_SIZE", 1)) > 1 else f"{again} --resume"
+        started = "the same torchrun command and --resume" if int(os.environ.get("WORLD_SIZE",
+                                                                                 1)) > 1 else f"{again} --resume"
         return f"{stopped or 'stopped at once, the last checkpoint is kept'}; go on with: {started}"
     if (command == "demo" and (getattr(args, "resume", False) or hasattr(args, "begun"))
             and (there("*/record.json") or there("*/*checkpoint.pt"))):

@@ -26,14 +26,16 @@ def _image_list(folder: Path) -> tuple[list[Path], str]:
             if ending in image_extensions(): files.append(file)
             else: other[ending] = other.get(ending, 0) + 1
     note = ", ".join(f"{k} x {ending or 'no ending'}" for ending, k in sorted(other.items()))
-    return sorted(files, key=lambda file: file.relative_to(folder).as_posix()), f" (other files: {note})" if note else ""
+    return sorted(files,
+                  key=lambda file: file.relative_to(folder).as_posix()), f" (other files: {note})" if note else ""
 
 def _class_folders(folder: Path) -> dict[str, tuple[list[Path], str]]:
     "Name → images, of every class folder, sorted by name."
     entries = sorted((e for e in folder.iterdir() if not e.name.startswith(".")), key=lambda e: e.name)
     for e in entries:
         if e.is_file() and e.suffix.lower() in image_extensions():
-            raise DataError(f"{e} lies outside the class folders; put it into {folder.name}/<class>/, or into unlabelled/")
+            raise DataError(f"{e} lies outside the class folders; put it into {folder.name}/<class>/, "
+                            "or into unlabelled/")
     return {e.name: _image_list(e) for e in entries if e.is_dir()}
 
 # %% ../../nbs/engine/folders.ipynb #1073a115
@@ -42,17 +44,20 @@ def _folder_parts(root: Path) -> tuple[tuple[str, ...], list, list, list]:
     if not root.exists(): raise DataError(f"path does not exist: {root}")
     if not (root / "train").is_dir(): raise DataError(f"{root} has no folder train/; expected train/<class>/<images>")
     train = _class_folders(root / "train")
-    if not any(files for files, _ in train.values()): raise DataError(f"{root / 'train'} holds no images in class folders")
+    if not any(files for files, _ in train.values()):
+        raise DataError(f"{root / 'train'} holds no images in class folders")
     for name, (files, note) in train.items():
         if not files: raise DataError(f"class {name!r} has no images in {root / 'train' / name}{note}")
     classes = tuple(train)
-    if len(classes) < 2: raise DataError(f"{root / 'train'} holds one class only ({classes[0]!r}); two are needed to tell apart")
+    if len(classes) < 2:
+        raise DataError(f"{root / 'train'} holds one class only ({classes[0]!r}); two are needed to tell apart")
     test = _class_folders(root / "test") if (root / "test").is_dir() else {}
     for name in test:
         if name not in train: raise DataError(f"class {name!r} is in {root / 'test'} but not in {root / 'train'}")
     extra, _ = _image_list(root / "unlabelled")
     def labelled(part): return [(file, classes.index(name)) for name, (files, _) in part.items() for file in files]
-    if (root / "test").is_dir() and not labelled(test): raise DataError(f"{root / 'test'} holds no images; fill it or remove it")
+    if (root / "test").is_dir() and not labelled(test):
+        raise DataError(f"{root / 'test'} holds no images; fill it or remove it")
     return classes, labelled(train), [(file, -1) for file in extra], labelled(test)
 
 # %% ../../nbs/engine/folders.ipynb #240187a1
@@ -60,7 +65,8 @@ def _sides(file) -> tuple[int, ...]:
     "The shorter and the longer side, from the file's head alone."
     return open_image(file, lambda image: tuple(sorted(image.size)))
 
-def _common_size(files: list, skipped: SkippedFiles | None = None) -> int: # left_out: None: a head that cannot be read is an error
+# left_out: None: a head that cannot be read is an error
+def _common_size(files: list, skipped: SkippedFiles | None = None) -> int:
     "The longer side, if all images have one size (up to a quarter turn) of at most 256 pixels; else 256."
     def sides(file):
         try: return _sides(file)
@@ -94,7 +100,8 @@ def image_folder(
     n_per_class: int | None = None, # labelled images per class; None: all of train/
     seed: int = 0, # of the split
     image_size: int | None = None, # side in pixels; None: as the files, if all have one size of at most 256; else 256
-    unreadable="raise", # "skip" reads every file once and leaves out those it cannot, named in split.unreadable; or such names
+    # "skip" reads every file once and leaves out those it cannot, named in split.unreadable; or such names
+    unreadable="raise",
     lazy: bool | None = None # True: read at every use; False: all into memory; None: into memory up to 1 GiB
 ) -> Dataset:
     "Any folder of images as a Dataset; the pool is train/ (the labelled images included) and unlabelled/."
@@ -110,7 +117,8 @@ def image_folder(
     if n_per_class is None: idx_lb = torch.arange(len(train))
     common = _common_size(train + extra + test, skipped) # reads every head, so most bad files show here
     size = common if image_size is None else check_int("image_size", image_size, 1)
-    x_ulb, x_test, y_ulb = ImageFiles(train + extra, size, skipped), ImageFiles(test, size, skipped), torch.cat([y_train, y_extra])
+    x_ulb, x_test, y_ulb = ImageFiles(train + extra, size, skipped), ImageFiles(test, size,
+                                                                                skipped), torch.cat([y_train, y_extra])
     files_lb = [(train[i].relative_to(root).as_posix(), train[i].stat().st_size) for i in idx_lb.tolist()]
     split = Split(f"folder:{root.resolve().name}", seed, n_per_class, idx_lb,
                   short_hash("folder", classes, files_lb, len(train), len(extra), len(test)),
@@ -150,17 +158,21 @@ def image_lists(
     "A Dataset from list files; the pool is unlabelled.txt, and those labelled images that it does not hold already."
     folder = Path(folder)
     lb = read_list(folder / "labelled.txt")
-    ulb, test = ([(p, l) for p, l in read_list(folder / f"{part}.txt", part == "test")] if (folder / f"{part}.txt").exists() else []
+    ulb, test = ([(p, l) for p, l in read_list(folder / f"{part}.txt", part == "test")]
+                 if (folder / f"{part}.txt").exists() else []
                  for part in ("unlabelled", "test"))
     names = {label for _, label in lb}
     classes = tuple(sorted(names, key=int) if all(n.isdigit() for n in names) else sorted(names))
     place = {name: k for k, name in enumerate(classes)}
     if strange := next((l for _, l in test if l not in place), None):
         raise DataError(f"class {strange!r} is in {folder / 'test.txt'} but not in {folder / 'labelled.txt'}")
-    skipped = files_to_skip(folder, [folder / path for path in dict.fromkeys(p for part in (lb, ulb, test) for p, _ in part)], unreadable)
+    skipped = files_to_skip(folder,
+                            [folder / path for path in dict.fromkeys(p for part in (lb, ulb, test) for p, _ in part)],
+                            unreadable)
     lost = torch.tensor([place[l] for p, l in lb if skipped and skipped.name(folder / p) in skipped],
                         dtype=torch.int64).bincount(minlength=len(classes)).tolist()
-    lb, ulb, test = ([(p, l) for p, l in part if not skipped or skipped.name(folder / p) not in skipped] for part in (lb, ulb, test))
+    lb, ulb, test = ([(p, l) for p, l in part if not skipped or skipped.name(folder / p) not in skipped]
+                     for part in (lb, ulb, test))
     y_lb = torch.tensor([place[l] for _, l in lb], dtype=torch.int64)
     chosen = split_labels(y_lb, n_per_class or 1, seed, classes, lost) # without n_per_class: no class is empty
     if n_per_class is None: chosen = torch.arange(len(lb))
@@ -168,9 +180,11 @@ def image_lists(
     pool = ulb + [pair for pair in lb if pair[0] not in there]
     there = {path: i for i, (path, _) in enumerate(pool)}
     files = lambda pairs: ImageFiles([folder / path for path, _ in pairs], image_size, skipped)
-    label = lambda pairs: torch.tensor([-1 if l is None else place.get(l, len(classes)) for _, l in pairs], dtype=torch.int64)
+    label = lambda pairs: torch.tensor([-1 if l is None else place.get(l, len(classes)) for _, l in pairs],
+                                       dtype=torch.int64)
     idx = torch.tensor([there[lb[i][0]] for i in chosen.tolist()])
-    code = hashlib.sha256(repr((classes, [lb[i] for i in chosen.tolist()], len(pool), len(test))).encode()).hexdigest()[:16]
+    code = hashlib.sha256(repr((classes, [lb[i] for i in chosen.tolist()], len(pool),
+                                len(test))).encode()).hexdigest()[:16]
     return Dataset(files(lb).select(chosen), y_lb[chosen], files(pool), label(pool), files(test), label(test), classes,
                    Split(f"lists:{folder.resolve().name}", seed, n_per_class, idx, code,
                          len(skipped or ()), tuple(sorted(skipped or ()))))

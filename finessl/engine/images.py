@@ -16,7 +16,8 @@ from torch import Tensor
 from .errors import UnreadableError, check_int
 
 # %% ../../nbs/engine/images.ipynb #5a0efbbe
-_STUBS = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "PDF", "WMF"} # Pillow names these, but decodes them not at all or not alone
+# Pillow names these, but decodes them not at all or not alone
+_STUBS = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "PDF", "WMF"}
 
 @functools.cache
 def image_extensions() -> frozenset[str]:
@@ -76,7 +77,8 @@ class ImageFiles:
         files, # paths, in order
         size: int, # side of every image, in pixels
         skipped: "LeftOut | None" = None # None: a file that cannot be read is an error; else `instead` passes it over
-    ): self.files, self.size, self.skipped = tuple(os.fspath(file) for file in files), check_int("size", size, 1), skipped
+    ): self.files, self.size, self.skipped = tuple(os.fspath(file) for file in files), check_int("size", size,
+                                                                                                 1), skipped
     def __len__(self): return len(self.files)
     def __repr__(self): return f"ImageFiles({len(self)} files, size={self.size})"
     @property
@@ -112,8 +114,8 @@ def next_readable(
     if not x.skipped: return i
     for j in (k % len(x) for k in range(i, i + len(x))):
         if (y is None or y[j] == y[i]) and x.skipped.name(x.files[j]) not in x.skipped: return j
-    raise UnreadableError(x.files[i],
-                          f"cannot read image {x.files[i]}, and none is left to take its place{'' if y is None else ' in its class'}")
+    where = "" if y is None else " in its class"
+    raise UnreadableError(x.files[i], f"cannot read image {x.files[i]}, and none is left to take its place{where}")
 
 # %% ../../nbs/engine/images.ipynb #0bb07444
 def fetch_with_fallback(
@@ -140,11 +142,12 @@ def exclude_files(dataset, names: list[str]):
     for x in dataset:
         if isinstance(x, ImageFiles) and x.skipped is not None: x.skipped.update(names)
 
-def sync_excluded(dataset, world):
+def sync_excluded(dataset, group):
     "Let every process know which files another one found unreadable."
-    if world is not None: exclude_files(dataset, world.union(unreadable_files(dataset)))
+    if group is not None: exclude_files(dataset, group.gather_union(unreadable_files(dataset)))
 
 def unreadable_files(dataset) -> list[str]:
     "Names of the files found unreadable since the data set was made."
-    found = {name for x in dataset if isinstance(x, ImageFiles) for name in list(x.skipped or ())} # a copy: images may be read meanwhile
+    # a copy: images may be read meanwhile
+    found = {name for x in dataset if isinstance(x, ImageFiles) for name in list(x.skipped or ())}
     return sorted(found - set(dataset.split.unreadable if dataset.split is not None else ()))

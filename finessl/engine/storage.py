@@ -30,7 +30,8 @@ def write_atomic(
 
 def write_json(path, value): # value: what json can write
     "Write JSON atomically."
-    write_atomic(path, lambda tmp: tmp.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"))
+    write_atomic(path,
+                 lambda tmp: tmp.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"))
 
 def read_records(
     path # of a .jsonl file, one record a line
@@ -42,23 +43,27 @@ def read_records(
 # %% ../../nbs/engine/storage.ipynb #8de2ec4e
 @contextlib.contextmanager
 def lock_folder(folder: Path):
-    "Hold a run's folder against a second run; lock and file end with the process, and so does a new folder that stays empty."
+    ("Hold a run's folder against a second run; lock and file end with the process, and so does a new folder that "
+     "stays empty.")
     path, made = folder / ".lock", not folder.exists()
     def opened():
         folder.mkdir(parents=True, exist_ok=True)
         return open(path, "a+")
     try:
-        while not lock(f := opened(), path): f.close()         # its holder has just removed it: take the one that is there now
+        # its holder has just removed it: take the one that is there now
+        while not lock(f := opened(), path): f.close()
         for half in folder.glob(".*.tmp"): half.unlink()       # of a process killed while it wrote
     except FileExistsError: raise TrainingError(f"{folder} is a file; a run needs a folder") from None
-    except BlockingIOError: raise TrainingError(f"another run is writing to {folder}; give this one a folder of its own") from None
+    except BlockingIOError:
+        raise TrainingError(f"another run is writing to {folder}; give this one a folder of its own") from None
     except OSError as e: raise TrainingError(f"cannot write to {folder}: {e.strerror}") from None
     try: yield
     finally:
         with contextlib.suppress(OSError):                     # removed while it is held: nobody else has taken it
             if os.name != "nt": path.unlink()
         f.close()
-        with contextlib.suppress(OSError):                     # Windows removes closed files only, and none that another holds
+        # Windows removes closed files only, and none that another holds
+        with contextlib.suppress(OSError):
             if os.name == "nt": path.unlink()
         with contextlib.suppress(OSError):
             if made: folder.rmdir()                            # it is as empty as before

@@ -5,13 +5,12 @@
 # %% auto #0
 __all__ = ['SIZE', 'PROMPTS', 'BATCH', 'SCHEDULE', 'EVALS', 'PRECISION', 'LONGER', 'SEEDS', 'LABELS', 'STARTS', 'MORE',
            'ABLATIONS', 'WHOLE', 'STEP_SECONDS', 'EVAL_SECONDS', 'methods', 'photo_split', 'unit_features',
-           'knn_accuracy', 'probe_accuracy', 'GammaWarmup', 'CentredHead', 'modify_heads', 'plan_runs', 'longer_runs',
-           'encoder_quality', 'plan_full_runs', 'run_photo', 'fit_with_heads', 'cached_encoder', 'cached_split',
-           'run_job', 'run_photos', 'describe_cost', 'main']
+           'knn_accuracy', 'probe_accuracy', 'GammaWarmup', 'CentredHead', 'modify_heads', 'job', 'short_runs',
+           'longer_runs', 'plan_runs', 'encoder_quality', 'plan_full_runs', 'photo_settings', 'fit_with_heads',
+           'run_photo', 'cached_encoder', 'cached_split', 'run_job', 'run_key', 'run_photos', 'describe_cost', 'main']
 
 # %% ../../nbs/studies/photos.ipynb #c83f3765
-import argparse, functools, json, multiprocessing, os, sys, time
-from concurrent.futures import ProcessPoolExecutor, as_completed
+import argparse, functools, os, sys
 from dataclasses import dataclass, fields
 from pathlib import Path
 import torch
@@ -26,12 +25,11 @@ from ..engine.evaluation import predict_logits
 from ..engine.folders import image_folder
 from ..engine.runs import TrainedRun
 from ..engine.schedule import PAPER_SCHEDULE, Schedule
-from ..engine.settings import build_settings
-from ..engine.storage import read_records
 from ..peft import CosineHead, build_model, init_prompts_from_tokens
 from ..pseudo_labels import FixMatch, SupervisedOnly
-from ..training import fit, train
-from ..views import View, default_views
+from .runner import run_jobs
+from ..training import Runtime, Settings, build_state, finish, fit, prepare, train
+from ..views import View
 
 # %% ../../nbs/studies/photos.ipynb #0c7ab31c
 # the paper: 224 px, 50 prompts, 8 to 32 labelled images a step, 15,000 steps
@@ -45,7 +43,8 @@ MORE = tuple(range(3, 10)) # splits for the longer runs and the encoder's refere
 
 def methods(n_per_class: int) -> dict: # name -> algorithm
     "The methods with the paper's constants for CIFAR-10 (γ = 1 in the released file for N = 1)."
-    return {"labelled-only": SupervisedOnly(), "FixMatch": FixMatch(n_strong=2), "FineSSL": FineSSL(gamma=1. if n_per_class == 1 else 3.)}
+    return {"labelled-only": SupervisedOnly(), "FixMatch": FixMatch(n_strong=2),
+            "FineSSL": FineSSL(gamma=1. if n_per_class == 1 else 3.)}
 
 # %% ../../nbs/studies/photos.ipynb #bfbd279b
 def photo_split(
@@ -58,7 +57,8 @@ def photo_split(
     ds = image_folder(data, n_per_class, seed, image_size=32, lazy=True)
     keep, shown = split_labels(ds.y_ulb, pool, seed), split_labels(ds.y_test, test, seed)
     place = {int(i): k for k, i in enumerate(keep)}
-    idx_lb = torch.tensor([place[int(i)] for i in ds.split.idx_lb])  # a smaller N lies inside a larger one at the same seed
+    # a smaller N lies inside a larger one at the same seed
+    idx_lb = torch.tensor([place[int(i)] for i in ds.split.idx_lb])
     return ds._replace(x_lb=ds.x_lb[:], x_ulb=ds.x_ulb[keep], y_ulb=ds.y_ulb[keep], x_test=ds.x_test[shown],
                        y_test=ds.y_test[shown], split=ds.split._replace(idx_lb=idx_lb))
 
@@ -67,10 +67,10 @@ def photo_split(
 def unit_features(
     encoder, # or a model's `features`: normalised (B, 3, S, S) -> (B, D)
     x: Tensor, # uint8 (N, 3, H, W)
-    plain # evaluation view
+    eval_view # uint8 -> normalised float
 ) -> Tensor: # (N, D), each of length 1
     "Features of images, normalised as the cosine heads see them."
-    return F.normalize(torch.cat([encoder(plain(part)) for part in x.split(100)]), dim=1)
+    return F.normalize(torch.cat([encoder(eval_view(part)) for part in x.split(100)]), dim=1)
 
 def knn_accuracy(feat: Tensor, y: Tensor, test: Tensor, y_test: Tensor, k: int = 20) -> float: # accuracy in [0, 1]
     "k-NN by cosine, votes weighted by 1/distance; as many neighbours as there are where they are fewer."
@@ -92,10 +92,11 @@ class GammaWarmup(FineSSL):
         "FineSSL's state, and the number of the step."
         return super().init(n_ulb, n_classes, device) | {"t": 0}
 
-    def __call__(self, step, state: dict):
-        share = min(1., state["t"] / self.rise)
+    def __call__(self, logits, state: dict):
+        settings = {f.name: getattr(self, f.name) for f in fields(FineSSL)}
+        settings["gamma"] *= min(1., state["t"] / self.rise)
         state["t"] += 1
-        return FineSSL(**{f.name: getattr(self, f.name) for f in fields(FineSSL)} | {"gamma": share * self.gamma})(step, state)
+        return FineSSL(**settings)(logits, state)
 
 class CentredHead(CosineHead):
     "A cosine head on features from which a fixed mean is taken."
@@ -114,102 +115,118 @@ ABLATIONS = { # what is changed, beside FineSSL with γ = 3 and random prompts
 }
 
 @torch.no_grad()
-def modify_heads(model, kind: str, dataset: Dataset, plain):
+def modify_heads(model, kind: str, dataset: Dataset, eval_view):
     "Let both heads see centred features, or start at the class means of the labelled images."
-    feat = unit_features(model.features, dataset.x_lb if kind == "means" else dataset.x_ulb, plain)
+    feat = unit_features(model.features, dataset.x_lb if kind == "means" else dataset.x_ulb, eval_view)
     for name in ("head", "aux_head"):
         head = getattr(model, name)
         if kind == "means":
-            head.weight.copy_(F.normalize(torch.stack([feat[dataset.y_lb == k].mean(0) for k in range(len(dataset.classes))]), dim=1))
+            means = torch.stack([feat[dataset.y_lb == k].mean(0) for k in range(len(dataset.classes))])
+            head.weight.copy_(F.normalize(means, dim=1))
         else:
             head.__class__ = CentredHead
             head.register_buffer("mean", feat.mean(0))
 
 # %% ../../nbs/studies/photos.ipynb #b3e767b9
-def plan_runs(seeds=SEEDS, more=MORE) -> list[dict]: # more: splits for the longer runs alone
-    "Every run of the study, known before the first starts."
+def job(row: str, start: str|None, n_per_class: int, seed: int, **more) -> dict:
+    "One run of the study; start: of the prompts; more: the algorithm, and arguments of `fit`."
+    return {"row": row, "start": start, "n_per_class": n_per_class, "seed": seed, **more}
+
+def short_runs(seed: int) -> list[dict]:
+    "Every method from both starts at every N, and the ablations at N = 4, on one split."
     jobs = []
-    for seed in seeds:
-        for n in LABELS:
-            jobs += [{"row": row, "start": None, "n_per_class": n, "seed": seed} for row in ("encoder",)]
-            jobs += [{"row": row, "start": start, "n_per_class": n, "seed": seed, "algorithm": a, "prompt_init": start}
-                     for row, a in methods(n).items() for start in STARTS]
-        jobs += [{"row": row, "start": kw.get("prompt_init", "random"), "n_per_class": 4, "seed": seed, "algorithm": FineSSL()} | kw
-                 for row, kw in ABLATIONS.items()]
-    for n in reversed(LABELS):
-        for seed in seeds: jobs += longer_runs(n, seed)
-    for seed in more: # split after split, so that a study that was stopped has whole ones
-        for n in LABELS: jobs += [{"row": "encoder", "start": None, "n_per_class": n, "seed": seed}, *longer_runs(n, seed)]
-    return jobs
+    for n in LABELS:
+        jobs.append(job("encoder", None, n, seed))
+        jobs += [job(row, start, n, seed, algorithm=a, prompt_init=start)
+                 for row, a in methods(n).items() for start in STARTS]
+    return jobs + [job(row, kw.get("prompt_init", "random"), 4, seed, **{"algorithm": FineSSL()} | kw)
+                   for row, kw in ABLATIONS.items()]
 
 def longer_runs(n_per_class: int, seed: int) -> list[dict]:
     "Every method with four times the steps, prompts from tokens."
-    return [{"row": f"{row}, {LONGER.steps} steps", "start": "tokens", "n_per_class": n_per_class, "seed": seed, "algorithm": a,
-             "prompt_init": "tokens", "schedule": LONGER} for row, a in methods(n_per_class).items()]
+    return [job(f"{row}, {LONGER.steps} steps", "tokens", n_per_class, seed, algorithm=a, prompt_init="tokens",
+                schedule=LONGER) for row, a in methods(n_per_class).items()]
 
-def encoder_quality(encoder, dataset: Dataset, seed: int) -> dict: # what the encoder is worth before any training, by how prompts start
-    "Probe, 20-NN and mean cosine between images without prompts, with random ones and with tokens."
-    plain, out = View(encoder.image_size, encoder.mean, encoder.std), {}
+def plan_runs(seeds=SEEDS, more=MORE) -> list[dict]: # more: splits for the longer runs alone
+    "Every run of the study, known before the first starts."
+    jobs = [j for seed in seeds for j in short_runs(seed)]
+    jobs += [j for n in reversed(LABELS) for seed in seeds for j in longer_runs(n, seed)]
+    for seed in more: # split after split, so that a study that was stopped has whole ones
+        for n in LABELS: jobs += [job("encoder", None, n, seed), *longer_runs(n, seed)]
+    return jobs
+
+# %% ../../nbs/studies/photos.ipynb #5a1e0031
+def encoder_quality(encoder, dataset: Dataset, seed: int) -> dict: # start of the prompts -> what the features are worth
+    "Before any training: probe, 20-NN and mean cosine between images without prompts, with random ones, with tokens."
+    eval_view, out = View(encoder.image_size, encoder.mean, encoder.std), {}
     for start in ("none", *STARTS):
         model = build_model(encoder, len(dataset.classes), "linear" if start == "none" else "vpt", PROMPTS, seed)
-        if start == "tokens": init_prompts_from_tokens(model, dataset, plain, seed, "cpu")
-        lb, test = (unit_features(model.features, x, plain) for x in (dataset.x_lb, dataset.x_test))
+        if start == "tokens": init_prompts_from_tokens(model, dataset, eval_view, seed, "cpu")
+        lb, test = (unit_features(model.features, x, eval_view) for x in (dataset.x_lb, dataset.x_test))
         with torch.no_grad(): counts = model.head(test).argmax(1).bincount(minlength=len(dataset.classes))
-        out[start] = {"probe": probe_accuracy(lb, dataset.y_lb, test, dataset.y_test), "20-NN": knn_accuracy(lb, dataset.y_lb, test, dataset.y_test),
+        known = lb, dataset.y_lb, test, dataset.y_test
+        out[start] = {"probe": probe_accuracy(*known), "20-NN": knn_accuracy(*known),
                       "cosine": round(float((test @ test.T).mean()), 4), "first_counts": counts.tolist()}
     return out
 
 # %% ../../nbs/studies/photos.ipynb #3c0a96b2
 WHOLE = dict(image_size=96, pool=5000, test=1000) # per class: all that there is, at a size that a CPU stands
 
-def plan_full_runs(seeds=SEEDS, n_per_class: int = 4) -> list[dict]: # the longest first, so that workers finish together
-    "The paper's schedule, and `LONGER` on the same images: every method with prompts from tokens, FineSSL with random ones too."
+def plan_full_runs(seeds=SEEDS, n_per_class: int = 4) -> list[dict]:
+    ("The longest first. The paper's schedule, and `LONGER` on the same images: prompts from tokens, for FineSSL "
+     "random ones too.")
     jobs, algorithms = [], methods(n_per_class)
+    rows = (("FineSSL", "tokens"), ("FixMatch", "tokens"), ("FineSSL", "random"), ("labelled-only", "tokens"))
     for schedule in (PAPER_SCHEDULE, LONGER):
-        for row, start in (("FineSSL", "tokens"), ("FixMatch", "tokens"), ("FineSSL", "random"), ("labelled-only", "tokens")):
-            jobs += len(seeds) * [{"row": f"{row}, {schedule.steps} steps", "start": start, "algorithm": algorithms[row],
-                                   "prompt_init": start, "schedule": schedule, "evals": 2 if schedule is PAPER_SCHEDULE else 1}]
-    jobs += len(seeds) * [{"row": "encoder", "start": None}]
-    return [j | WHOLE | {"n_per_class": n_per_class, "seed": seeds[i % len(seeds)]} for i, j in enumerate(jobs)]
+        how = {"schedule": schedule, "evals": 2 if schedule is PAPER_SCHEDULE else 1}
+        for row, start in rows:
+            more = {"algorithm": algorithms[row], "prompt_init": start} | how
+            jobs += [job(f"{row}, {schedule.steps} steps", start, n_per_class, seed, **more) for seed in seeds]
+    return [j | WHOLE for j in jobs + [job("encoder", None, n_per_class, seed) for seed in seeds]]
 
 # %% ../../nbs/studies/photos.ipynb #63c41d6b
+def photo_settings(job: dict) -> Settings:
+    "What `fit` is told for a job."
+    return Settings(schedule=job.get("schedule", SCHEDULE), batch=BATCH, seed=job["seed"], peft=job.get("peft", "vpt"),
+                    n_prompts=PROMPTS, prompt_init=job.get("prompt_init", "random"), precision=PRECISION,
+                    evals=job.get("evals", EVALS))
+
+def fit_with_heads(job: dict, dataset: Dataset, encoder) -> TrainedRun:
+    "What `fit` does, with other heads."
+    setup = prepare(dataset, encoder, job["algorithm"], photo_settings(job), Runtime("cpu", progress=False))
+    state = build_state(setup)
+    modify_heads(state.model, job["head"], dataset, setup.settings.views.eval_view)
+    train(setup, state)
+    run = finish(setup, state)
+    run.record["head"] = job["head"]
+    return run
+
+# %% ../../nbs/studies/photos.ipynb #5a1e0032
 def run_photo(job: dict, dataset: Dataset, encoder) -> dict: # the record
     "One run of the study."
     whole = "pool" in job
-    command = f"python -m finessl.photos{' --whole' * whole} --data CIFAR10 --checkpoint vit_tiny_patch16_224.safetensors"
+    command = (f"python -m finessl.photos{' --whole' * whole} --data CIFAR10 "
+               "--checkpoint vit_tiny_patch16_224.safetensors")
     base = {"study": "whole" if whole else "photos", "known": None, "dev": False, "command": command}
     base |= {k: job[k] for k in ("row", "start", "n_per_class", "seed")}
     if job["row"] == "encoder":
         known = {"backbone": encoder.name, "backbone_hash": encoder.hash, "image_size": encoder.image_size}
         return base | known | {"look": encoder_quality(encoder, dataset, job["seed"])} | environment("cpu")
-    common = dict(peft=job.get("peft", "vpt"), n_prompts=PROMPTS, batch=BATCH, precision=PRECISION, evals=job.get("evals", EVALS))
-    if "head" in job: run = fit_with_heads(job, dataset, encoder, common)
-    else: run = fit(dataset, encoder, job["algorithm"], schedule=job.get("schedule", SCHEDULE), seed=job["seed"],
-                    prompt_init=job.get("prompt_init", "random"), progress=False, **common)
+    if "head" in job: run = fit_with_heads(job, dataset, encoder)
+    else: run = fit(dataset, encoder, job["algorithm"], photo_settings(job), Runtime("cpu", progress=False))
     checkpoint = getattr(encoder, "checkpoint", None)
     base |= run.record | {"command": command, "checkpoint": checkpoint and Path(checkpoint).name}
     if whole: return base # 50,000 confidences a run would be too many to keep
-    z = predict_logits(run.model, dataset.x_ulb, run.eval_view, "cpu", precision=PRECISION)
-    j = evaluate_pseudo_labels(z.softmax(1), dataset.y_ulb)
-    return base | {"pool": {"diagnosis": diagnose(z.softmax(1), dataset.y_ulb), "confidence": [round(c, 3) for c in j.conf.tolist()],
-                            "right": "".join(map(str, j.correct.long().tolist()))}}
-
-def fit_with_heads(job: dict, dataset: Dataset, encoder, common: dict) -> TrainedRun:
-    "What `fit` does, with other heads."
-    views, seed = default_views(dataset, encoder), job["seed"]
-    settings = build_settings(dataset, encoder, job["algorithm"], views, SCHEDULE, **common, mu=1, momentum=.9, weight_decay=5e-4,
-                           seed=seed, init_seed=seed, labelled="all", prompt_init=job["start"], head=job["head"])
-    model = build_model(encoder, len(dataset.classes), common["peft"], PROMPTS, seed)
-    if job["start"] == "tokens": init_prompts_from_tokens(model, dataset, views.eval_view, seed, "cpu")
-    modify_heads(model, job["head"], dataset, views.eval_view)
-    log = train(model, dataset, views, job["algorithm"], settings, SCHEDULE, torch.device("cpu"), progress=False)
-    return TrainedRun(model.eval(), settings | log | environment("cpu"), views.eval_view, "cpu")
+    p = predict_logits(run.model, dataset.x_ulb, run.eval_view, "cpu", precision=PRECISION).softmax(1)
+    found = evaluate_pseudo_labels(p, dataset.y_ulb)
+    return base | {"pool": {"diagnosis": diagnose(p, dataset.y_ulb),
+                            "confidence": [round(c, 3) for c in found.conf.tolist()],
+                            "right": "".join(map(str, found.correct.long().tolist()))}}
 
 # %% ../../nbs/studies/photos.ipynb #f3fc3ebd
 @functools.cache
 def cached_encoder(checkpoint, image_size: int = SIZE):
-    "The ViT-Ti, once a process, on one thread."
-    torch.set_num_threads(1)
+    "The ViT-Ti, read once a process."
     return load_backbone("timm:vit_tiny_patch16_224", checkpoint, image_size)
 
 @functools.lru_cache(2)
@@ -217,22 +234,21 @@ def cached_split(data, n_per_class: int, seed: int, **parts) -> Dataset:
     "`photo_split`, read once a process for runs that follow each other."
     return photo_split(data, n_per_class, seed, **parts)
 
-def run_job(job: dict, data, checkpoint) -> dict: # the record
-    "A job in a worker process."
+def run_job(job: dict) -> dict: # the record
+    "A job in a worker process; it names its data and weights itself."
     parts = {k: job[k] for k in ("pool", "test") if k in job}
-    return run_photo(job, cached_split(data, job["n_per_class"], job["seed"], **parts), cached_encoder(checkpoint, job.get("image_size", SIZE)))
+    encoder = cached_encoder(job["checkpoint"], job.get("image_size", SIZE))
+    return run_photo(job, cached_split(job["data"], job["n_per_class"], job["seed"], **parts), encoder)
 
-def run_photos(data, checkpoint, records: Path, seeds=SEEDS, workers: int = 4, whole: bool = False):
-    "Run what the study still lacks, in parallel; each run is one line of photos.jsonl, or of whole.jsonl with the paper's schedule."
-    path, start = Path(records) / ("whole.jsonl" if whole else "photos.jsonl"), time.time()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    done = {(r["row"], r["start"], r["n_per_class"], r["seed"]) for r in read_records(path)}
-    jobs = [j for j in (plan_full_runs if whole else plan_runs)(seeds) if (j["row"], j["start"], j["n_per_class"], j["seed"]) not in done]
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
-        for i, future in enumerate(as_completed([pool.submit(run_job, j, data, checkpoint) for j in jobs]), 1):
-            with open(path, "a", encoding="utf-8") as f: f.write(json.dumps(future.result(), ensure_ascii=False) + "\n")
-            left = (time.time() - start) / i * (len(jobs) - i) / 60
-            print(f"photos: {i} of {len(jobs)} runs, {left:.1f} min left", file=sys.stderr, flush=True)
+def run_key(r: dict) -> tuple: # a job or its record
+    "What names a run of the study."
+    return r["row"], r["start"], r["n_per_class"], r["seed"]
+
+def run_photos(data, checkpoint, records: Path, seeds=SEEDS, workers: int|None = None,
+               whole: bool = False) -> list[str]:
+    "Run what photos.jsonl, or whole.jsonl with the paper's schedule, still lacks; the runs that broke."
+    jobs = [j | {"data": data, "checkpoint": checkpoint} for j in (plan_full_runs if whole else plan_runs)(seeds)]
+    return run_jobs(jobs, run_job, Path(records) / f"{'whole' if whole else 'photos'}.jsonl", run_key, workers)
 
 # %% ../../nbs/studies/photos.ipynb #b288f9f9
 STEP_SECONDS, EVAL_SECONDS = .45, 71. # seconds on one core, as the records have them: of a step, of a run's evaluations
@@ -240,25 +256,35 @@ STEP_SECONDS, EVAL_SECONDS = .45, 71. # seconds on one core, as the records have
 def describe_cost(jobs: list[dict]) -> str:
     "The description of the command: how long it runs, and what it needs."
     runs = [j.get("schedule", SCHEDULE).steps * STEP_SECONDS + EVAL_SECONDS for j in jobs if j["row"] != "encoder"]
-    return f"""Run and record the study on photographs: {len(runs)} runs of {min(runs) / 60:.0f} to {max(runs) / 60:.0f} minutes
+    length = f"{min(runs) / 60:.0f} to {max(runs) / 60:.0f} minutes"
+    return f"""Run and record the study on photographs: {len(runs)} runs of {length}
 on one core, {sum(runs) / 3600:.0f} hours in all on a CPU that multiplies bf16 in hardware; the workers share them.
 What is recorded already is not run again, so a study that was stopped goes on.
 Needs CIFAR-10 as image files and the encoder's weights file; downloads nothing."""
 
-def main(argv=None):
+def main(argv=None) -> int: # exit code: 1 where a run broke
     "The command `python -m finessl.photos`."
     ap = argparse.ArgumentParser("python -m finessl.photos", description=describe_cost(plan_runs()),
                                  formatter_class=argparse.RawDescriptionHelpFormatter)
-    ap.add_argument("--data", required=True, help="folder of CIFAR-10 as images, train/<class>/* and test/<class>/*")
-    ap.add_argument("--checkpoint", required=True, help="weights file of timm's vit_tiny_patch16_224")
-    ap.add_argument("--records", type=Path, default=Path("figures/records"), help="folder of the records (default: %(default)s)")
+    ap.add_argument("--data", help="folder of CIFAR-10 as images, train/<class>/* and test/<class>/*")
+    ap.add_argument("--checkpoint", help="weights file of timm's vit_tiny_patch16_224")
+    ap.add_argument("--records", type=Path, default=Path("figures/records"),
+                    help="folder of the records (default: %(default)s)")
     ap.add_argument("--workers", type=int, default=os.cpu_count(),
                     help="processes of one thread each (default: this machine's cores, %(default)s)")
-    ap.add_argument("--whole", action="store_true", help=f"instead, the paper's {PAPER_SCHEDULE.steps:,} steps on all of CIFAR-10 at "
-                    f"{WHOLE['image_size']} px: {len(plan_full_runs())} lines of whole.jsonl, seven hours on one core")
+    ap.add_argument("--whole", action="store_true",
+                    help=f"instead, the paper's {PAPER_SCHEDULE.steps:,} steps on all of CIFAR-10 at "
+                         f"{WHOLE['image_size']} px: {len(plan_full_runs())} lines of whole.jsonl, "
+                         "seven hours on one core")
+    ap.add_argument("--figures", type=Path, metavar="DIR",
+                    help="instead, draw the pictures and their data from the records into this folder")
     args = ap.parse_args(argv)
-    run_photos(args.data, args.checkpoint, args.records, SEEDS, args.workers, args.whole)
+    if args.figures:
+        from finessl.studies.photo_figures import write_figures
+        return write_figures(args.records, args.figures)
+    if not args.data or not args.checkpoint: ap.error("--data and --checkpoint are needed")
+    return int(bool(run_photos(args.data, args.checkpoint, args.records, SEEDS, args.workers, args.whole)))
 
 # %% ../../nbs/studies/photos.ipynb #83f06b8c
-#| eval: false
-if __name__ == "__main__": main()
+if __name__ == "__main__" and __spec__: # not in a notebook
+     sys.exit(main())

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['presets', 'CHOICES', 'preset', 'check_preset']
 
-# %% ../../nbs/studies/presets.ipynb #93379f01
+# %% ../../nbs/studies/presets.ipynb #5e2dab1a
 def preset(
     data: str, # "cifar10", "cifar100", "food101", or "folder"
     n_per_class: int|None, # None: what the folder or the list file labels
@@ -20,14 +20,16 @@ def preset(
             "algorithm": {"zeta": .7, "alpha": 8., "lam": .5, "gamma": gamma}, # [text, code]
             "fit": {"peft": "vpt", "n_prompts": 50, # VPT-deep, 50 prompts in every layer [code]
                     "schedule": {"steps": 15_000, "lr": .03, # 30 epochs of 500 steps [code]
-                                 "decay": "epoch", "clear_every": 500}, # cosine by epoch, pace table cleared every epoch [code]
+                                 "decay": "epoch", # cosine by epoch [code]
+                                 "reset_pace_every": 500}, # pace table cleared every epoch [code]
                     "batch": batch, "mu": 1, # as many unlabelled images as labelled ones [code]
                     "momentum": .9, "weight_decay": 5e-4, # [code]
                     "evals": 30}} # one an epoch [code]
 
-# %% ../../nbs/studies/presets.ipynb #80563d99
+# %% ../../nbs/studies/presets.ipynb #f1894bc8
 presets = {
-    "cifar10-n1": preset("cifar10", 1, "cifar10", batch=8, gamma=1.), # batch [code]; γ = 1 in the released file of this row [code]
+    # batch [code]; γ = 1 in the released file of this row [code]
+    "cifar10-n1": preset("cifar10", 1, "cifar10", batch=8, gamma=1.),
     "cifar10-n2": preset("cifar10", 2, "cifar10", batch=16), # batch [code]
     "cifar10-n4": preset("cifar10", 4, "cifar10"),
     "cifar100-n4": preset("cifar100", 4, "cifar100"),
@@ -37,11 +39,12 @@ presets = {
     "food101-n4": preset("food101", 4, "imagenet"),
     "food101-n10": preset("food101", 10, "imagenet"),
     "semi-aves": preset("folder", None, "imagenet"), # unlabelled images of the same classes
-    "semi-aves-ood": preset("folder", None, "imagenet", gamma=1.), # and of others: γ "1.0 or 0.5" (the author, issue 6 of the release)
+    # and of others: γ "1.0 or 0.5" (the author, issue 6 of the release)
+    "semi-aves-ood": preset("folder", None, "imagenet", gamma=1.),
     "imagenet-1pct": preset("folder", None, "imagenet"), # labelled images from a list file
     "imagenet-10pct": preset("folder", None, "imagenet")}
 
-# %% ../../nbs/studies/presets.ipynb #75919ab3
+# %% ../../nbs/studies/presets.ipynb #ed785128
 CHOICES = {"normalisation": ("release", "encoder"), # mean and std
            "labelled": ("all", "release"), # or drop labelled images as the released loader does
            "form": ("code", "paper")} # of FineSSL
@@ -53,4 +56,5 @@ def check_preset(
     "Raise ValueError for a preset or a word that is not there."
     if name not in presets: raise ValueError(f"no preset is called {name!r}; there are {', '.join(presets)}")
     for key, value in chosen.items():
-        if value not in CHOICES[key]: raise ValueError(f"{key} must be {' or '.join(map(repr, CHOICES[key]))}, got {value!r}")
+        if value in CHOICES[key]: continue
+        raise ValueError(f"{key} must be {' or '.join(map(repr, CHOICES[key]))}, got {value!r}")
