@@ -111,7 +111,7 @@ def _open_clip_spec(name):
     quick = bool(cfg.get("quick_gelu"))
     if cfg and quick != bool(config.get("quick_gelu")):
         other = f"{arch}-quickgelu" if quick else arch.removesuffix("-quickgelu")
-        hint = (f"use 'open_clip:{other}/{tag}'" if other in archs
+        hint = (f"use 'open_clip:{other}/{tag}'" if other in archs and other != arch
                 else "open_clip has no such architecture with the right one")
         objection = (f"the weights {tag!r} were trained with {'QuickGELU' if quick else 'GELU'}, "
                      f"which {arch} is not built with; {hint}")
