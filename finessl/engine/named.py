@@ -15,7 +15,7 @@ from .downloads import ARCHIVES, missing_archive, url_error
 from .errors import DataError
 from .images import ImageFiles
 
-# %% ../../nbs/engine/named.ipynb #a1239307
+# %% ../../nbs/engine/named.ipynb #91b02062
 def torchvision_parts(
     name: str, # "cifar10", "cifar100" or "food101"
     folder, # where the data set, or its archive, lies or goes
@@ -31,11 +31,11 @@ def torchvision_parts(
     archive, md5 = folder / ARCHIVES[name].file, ARCHIVES[name].md5
     whole = archive.exists() and check_integrity(archive, md5)
     missing = missing_archive(name, folder, f"its md5 is not {md5}" if archive.exists() else "")
-    if not whole and (why := missing.refused(ask)): raise DataError(missing.sentence(why))
+    if not whole and (why := missing.download_error(ask)): raise DataError(missing.instructions(why))
     folder.mkdir(parents=True, exist_ok=True)
     try: return [kind(folder, download=True, **part) for part in parts]
     except (URLError, ConnectionError, TimeoutError, RuntimeError) as error:
-        raise DataError(missing.sentence(f"it broke off: {error}")) from error
+        raise DataError(missing.instructions(f"it broke off: {error}")) from error
 
 # %% ../../nbs/engine/named.ipynb #ad73ad6f
 def torchvision_dataset(
