@@ -10,5 +10,5 @@ import sys
 from .studies.comparison import main
 
 # %% ../nbs/moved/comparison.ipynb #5a1f0c5
-#| eval: false
-if __name__ == "__main__": sys.exit(main())
+if __name__ == "__main__" and __spec__: # not in a notebook
+     sys.exit(main())

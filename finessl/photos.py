@@ -10,5 +10,5 @@ import sys
 from .studies.photos import main
 
 # %% ../nbs/moved/photos.ipynb #5a1f0p5
-#| eval: false
-if __name__ == "__main__": sys.exit(main())
+if __name__ == "__main__" and __spec__: # not in a notebook
+     sys.exit(main())

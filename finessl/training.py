@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['RENAMED', 'RECORDED', 'Settings', 'Runtime', 'read_keywords', 'validate', 'Setup', 'prepare', 'build_optimizer',
-           'build_state', 'train_step', 'run_evaluation', 'batches', 'train', 'pace_is_due', 'stop_on_signal',
-           'runtime_of', 'save_progress', 'finish', 'fit']
+           'build_state', 'train_step', 'run_evaluation', 'batches', 'train', 'runtime_of', 'save_progress', 'finish',
+           'fit']
 
 # %% ../nbs/13_training.ipynb #ae40c2b8
 import contextlib, functools, math
@@ -28,10 +28,10 @@ from .engine.metrics import MetricAccumulator, NonFiniteGuard
 from .engine.precision import autocast, compile_encoder, default_precision, supports_compile
 from .engine.prefetch import default_prefetch_depth, make_fetcher, prefetch
 from .engine.processes import ProcessGroup, fail_together
-from .engine.progress import GracefulStop, ProgressBar, Timer
+from .engine.progress import GracefulStop, ProgressBar, Timer, stop_on_signal
 from .engine.recovery import EVAL_ADVICE, memory_advice, resume_hints, step_advice
 from .engine.runs import TrainedRun, load_run, run_folder, save_run
-from .engine.schedule import EPOCHS, PAPER_SCHEDULE, SHORT_SCHEDULE, Schedule, cosine_lr
+from .engine.schedule import SHORT_SCHEDULE, Schedule, cosine_lr, pace_is_due
 from .engine.settings import build_settings
 from .peft import build_model, default_n_prompts, init_prompts_from_tokens, weights_sha256
 from .views import Views, default_views
@@ -60,14 +60,11 @@ class Settings:
 class Runtime:
     "How a run is computed; none of it changes the result beyond rounding."
     device: object = None # None: FINESSL_DEVICE, else cuda, mps, cpu
-    # torch.compile for the encoder: True, a mode of it, or False; None: where it is served
-    compile: bool|str|None = None
+    compile: bool|str|None = None # torch.compile for the encoder: True or a mode of it; None: where it is served
     prefetch_depth: int|None = None # steps whose images are made in advance; None: 2 on a GPU or with files, else 0
-    # pieces that a batch is computed in: the same update with less memory, at about a third more time
-    accumulate: int = 1
+    accumulate: int = 1 # pieces of a batch: the same update with less memory, at about a third more time
     checkpoint_every: int|None = None # steps
-    # None: a bar in a terminal or a notebook; "lines": a line at each evaluation, for a log
-    progress: bool|str|None = None
+    progress: bool|str|None = None # None: a bar where somebody looks; "lines": a line at each evaluation, for a log
     command: str|None = None # for the record
 
 # %% ../nbs/13_training.ipynb #88b67663
@@ -75,9 +72,9 @@ RENAMED = {"depth": "prefetch_depth", "clear_every": "reset_pace_every"} # keywo
 
 def read_keywords(settings: Settings|None, runtime: Runtime|None, keywords: dict) -> tuple[Settings, Runtime]:
     "Settings and Runtime with keywords put in; steps, lr, decay and reset_pace_every go to the schedule."
-    settings, runtime, schedule = settings or Settings(), runtime or Runtime(), {}
-    known = {f.name: kind for kind in (Settings, Runtime) for f in fields(kind)} | dict.fromkeys(Schedule._fields,
-                                                                                                 Schedule)
+    settings, runtime = settings or Settings(), runtime or Runtime()
+    known = {f.name: kind for kind in (Settings, Runtime) for f in fields(kind)}
+    known |= dict.fromkeys(Schedule._fields, Schedule)
     parts = {kind: {} for kind in (Settings, Runtime, Schedule)}
     for name, value in keywords.items():
         if name in RENAMED: raise TypeError(f"{name} is now called {RENAMED[name]}")
@@ -128,6 +125,7 @@ RECORDED = ("peft", "n_prompts", "batch", "mu", "momentum", "weight_decay", "see
             "precision",
             "evals", "prompt_init") # fields of Settings that are written as they are
 
+# %% ../nbs/13_training.ipynb #6f98593b
 def prepare(
     dataset: Dataset, backbone, algorithm, settings: Settings = Settings(), runtime: Runtime = Runtime(),
     group: ProcessGroup|None = None, # None: the processes that were started, or this one alone
@@ -137,9 +135,8 @@ def prepare(
     group = group or ProcessGroup(runtime.device)
     validate(dataset, algorithm, settings, runtime, group.world_size)
     encoder, device = load_backbone(backbone) if isinstance(backbone, str) else backbone, group.device
-    begun = lambda: saved_setting("precision", resume)
-    n_prompts = default_n_prompts(encoder) if settings.n_prompts is None else settings.n_prompts
-    depth = runtime.prefetch_depth
+    begun, depth, n_prompts = lambda: saved_setting("precision", resume), runtime.prefetch_depth, settings.n_prompts
+    if n_prompts is None and settings.peft == "vpt": n_prompts = default_n_prompts(encoder)
     settings = replace(settings, views=settings.views or default_views(dataset, encoder),
                        init_seed=settings.seed if settings.init_seed is None else settings.init_seed,
                        n_prompts=n_prompts if settings.peft == "vpt" else 0,
@@ -201,7 +198,7 @@ def run_evaluation(setup: Setup, state: TrainState, timer: Timer):
     s, group, lr = setup.settings, setup.group, state.optimizer.param_groups[0]["lr"]
     state.guard.check()
     timer.lap("seconds")
-    with memory_advice(EVAL_ADVICE):
+    with memory_advice(EVAL_ADVICE, s.batch):
         scores, state.test_logits = evaluate(state.model.eval(), setup.dataset, s.views.eval_view, group.device,
                                              s.precision, group)
     group.assert_same({"sha256": weights_sha256(state.model)} if group.world_size > 1 else {}, "weights")
@@ -214,10 +211,10 @@ def batches(setup: Setup, start: int): # iterator over dicts, from `start` on
     s, dataset, group = setup.settings, setup.dataset, setup.group
     lb, ulb = make_fetcher(dataset.x_lb, group.device), make_fetcher(dataset.x_ulb, group.device)
     make = lambda t: make_batch(dataset, s.views, setup.algorithm, lb, ulb, s.seed, t, s.batch, s.mu, s.schedule,
-                                s.labelled,
-                                (group.rank, group.world_size))
+                                s.labelled, (group.rank, group.world_size))
     return prefetch(make, range(start, s.schedule.steps), setup.runtime.prefetch_depth, group.device)
 
+# %% ../nbs/13_training.ipynb #caa36d01
 def train(setup: Setup, state: TrainState, folder: Path|None = None, stop: GracefulStop|None = None) -> None:
     "Take the steps that are left: step; evaluate, save and stop where it is due."
     s, r, group, algorithm = setup.settings, setup.runtime, setup.group, setup.algorithm
@@ -231,10 +228,9 @@ def train(setup: Setup, state: TrainState, folder: Path|None = None, stop: Grace
         while state.step < schedule.steps:
             if pace_is_due(schedule, state.step) and hasattr(algorithm, "reset_pace"):
                 algorithm.reset_pace(state.algorithm)
-            with memory_advice(step_advice(s.batch, r.accumulate)):
-                train_step(state, next(images), algorithm, cosine_lr(schedule, state.step), group.device, s.precision,
-                           compute,
-                           group, r.accumulate)
+            with memory_advice(step_advice(s.batch, r.accumulate), s.batch):
+                train_step(state, next(images), algorithm, cosine_lr(schedule, state.step), group.device,
+                           s.precision, compute, group, r.accumulate)
             last, end = state.step == schedule.steps, group.any_rank(asked.requested)
             if state.step in eval_at:
                 run_evaluation(setup, state, timer)
@@ -248,15 +244,6 @@ def train(setup: Setup, state: TrainState, folder: Path|None = None, stop: Grace
                 raise KeyboardInterrupt(f"stopped after step {state.step} of {schedule.steps}{kept}")
 
 # %% ../nbs/13_training.ipynb #9eba108e
-def pace_is_due(schedule: Schedule, step: int) -> bool:
-    "Whether the pace table is cleared before this step."
-    return bool(schedule.reset_pace_every and step and step % schedule.reset_pace_every == 0)
-
-# stop: of a caller, who sees to a Ctrl-C in the last step
-def stop_on_signal(stop: GracefulStop|None, group: ProcessGroup):
-    "The caller's stop, or one of our own; a launcher sends a Ctrl-C twice to each of several processes."
-    return GracefulStop(debounce=float(group.world_size > 1)) if stop is None else contextlib.nullcontext(stop)
-
 def runtime_of(setup: Setup) -> dict:
     "What may change at a resume, and is named then."
     how = {"processes": setup.group.world_size, "accumulate": setup.runtime.accumulate,

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['CLIP_MEAN', 'CLIP_STD', 'IMAGENET_MEAN', 'IMAGENET_STD', 'CIFAR10_MEAN', 'CIFAR10_STD', 'CIFAR100_MEAN',
            'CIFAR100_STD', 'NORMALISATION', 'normalise', 'denormalise', 'check_images', 'resize', 'View',
-           'affine_theta', 'warp', 'cutout', 'DigitView', 'Views', 'digit_views', 'show_views', 'crop_flip',
-           'NaturalView', 'natural_views', 'default_views']
+           'affine_theta', 'warp', 'cutout', 'DigitView', 'Views', 'digit_views', 'crop_flip', 'NaturalView',
+           'natural_views', 'default_views']
 
 # %% ../nbs/10_views.ipynb #e0911691
 from dataclasses import dataclass
@@ -185,26 +185,6 @@ def digit_views(
     return Views(DigitView(*norm, rotate=5, scale=.05, shift=2),
                  DigitView(*norm, rotate=20, shear=.2, scale=.15, shift=3, contrast=.4, brightness=30, cutout=8),
                  View(*norm), *norm)
-
-# %% ../nbs/10_views.ipynb #6713ddd4
-def show_views(
-    x: Tensor, # (R, 3, H, W) uint8, one image per row
-    view: View, # whose draws to show
-    n: int = 12, # draws per row
-    seed: int = 0, # of the draws
-    title: str = ""
-):
-    "A row per image: the image itself, then `n` draws of `view`."
-    from matplotlib import pyplot as plt
-    rows, g = len(x), torch.Generator().manual_seed(seed)
-    views = view(x.repeat_interleave(n, 0), view.sample_params(rows * n, g))
-    views = denormalise(views, view.mean, view.std).unflatten(0, (rows, n))
-    pictures = torch.cat([resize(x, (view.size, view.size))[:, None], views], 1)
-    pictures = F.pad(pictures, (1, 1, 1, 1), value=255) # a white seam
-    fig, ax = plt.subplots(figsize=(8, 8 * rows / (n + 1) + .3), layout="constrained")
-    ax.imshow(pictures.permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1).cpu())
-    ax.set_axis_off(); ax.set_title(title, fontsize=9)
-    return fig
 
 # %% ../nbs/10_views.ipynb #d5325def
 def crop_flip(

@@ -1,5 +1,6 @@
-"""What every test starts from: threads that wait give their core away (on a busy machine, spinning ones make small steps
-a hundred times slower), Ctrl-C is heard by the processes that tests start (in a background job a shell switches it off), and
+"""What every test starts from: threads that wait give their core away (on a busy machine, spinning ones make small
+steps a hundred times slower), Ctrl-C is heard by the processes that tests start (in a background job a shell
+switches it off), and
 what names no device runs on the CPU, also where there is a GPU (whose driver does not survive a fork)."""
 import os, signal
 

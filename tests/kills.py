@@ -2,8 +2,10 @@
 
     python tests/kills.py --out figures/records/kills.json
 
-A minute or two on a CPU. The moments are drawn from --seed: a step, and milliseconds after its checkpoint. Every other kill waits for the next
-half-written file, so that it falls while a checkpoint is written. Every run is a process of its own, forked from one that has imported torch.
+A minute or two on a CPU. The moments are drawn from --seed: a step, and milliseconds after its checkpoint. Every other
+kill waits for the next
+half-written file, so that it falls while a checkpoint is written. Every run is a process of its own, forked from
+one that has imported torch.
 Exit code 1 where weights or record differ in anything but times and resumes.
 """
 import argparse, hashlib, multiprocessing, os, random, signal, sys, tempfile, time
@@ -12,7 +14,7 @@ from pathlib import Path
 # before torch: a process without threads, and without a GPU, can be forked
 os.environ |= {"OMP_NUM_THREADS": "1", "FINESSL_DEVICE": "cpu", "CUDA_VISIBLE_DEVICES": ""}
 
-from finessl.cli.main import main as cli_main
+from finessl.cli import main as cli_main
 from finessl.engine.environment import environment
 from finessl.engine.checkpoint import latest_checkpoint
 from finessl.engine.storage import write_json
@@ -99,5 +101,6 @@ if __name__ == "__main__":
     args = ap.parse_args()
     result = experiment(args.kills, args.seed, args.steps)
     if args.out: write_json(args.out, result)
-    print(f"{args.kills} kills, {result['half_written']} while a file was written, {result['resumes']} resumes; weights equal: {result['equal']}, record equal: {result['record_equal']}")
+    print(f"{args.kills} kills, {result['half_written']} while a file was written, {result['resumes']} resumes; "
+          f"weights equal: {result['equal']}, record equal: {result['record_equal']}")
     sys.exit(0 if result["equal"] and result["record_equal"] else 1)

@@ -1,5 +1,5 @@
 """The command line as its users meet it: start, help, errors, Ctrl-C, predictions."""
-import csv, dataclasses, functools, inspect, io, json, os, re, shutil, signal, subprocess, sys, time
+import csv, dataclasses, functools, io, json, os, re, shutil, signal, subprocess, sys, time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,7 +10,7 @@ from safetensors.torch import save
 from sklearn.datasets import load_digits
 
 from finessl.cli import demo as cli_demo
-from finessl.cli.main import main as cli_main
+from finessl.cli import main as cli_main
 from finessl.cli import options as cli_options
 from finessl.cli import train as cli_train
 from finessl.engine import errors
@@ -104,10 +104,10 @@ def test_help_and_argument_errors_import_no_torch(tmp_path):
 
 def test_defaults_are_those_of_fit_and_of_the_algorithms():
     args = cli_main.make_parser().parse_args(["train", "--data", "digits", "--out", "r"])
-    fit = {k: v.default for k, v in inspect.signature(training.fit).parameters.items()}
+    fit = dataclasses.asdict(training.Settings()) | dataclasses.asdict(training.Runtime())
     for key in ("peft", "batch", "mu", "seed", "init_seed", "precision", "evals", "device"):
         assert getattr(args, key) == fit[key], key
-    assert (args.steps, args.lr) == (fit["schedule"].steps, fit["schedule"].lr) and fit["n_prompts"] is None
+    assert (args.steps, args.lr) == training.Settings().schedule[:2] and fit["n_prompts"] is None
     for name, algorithm in {"finessl": FineSSL(), "fixmatch": FixMatch(), "labelled-only": SupervisedOnly()}.items():
         fields = dataclasses.asdict(algorithm)
         assert cli_options.OPTIONS[name] == {k: fields[k] for k in cli_options.OPTIONS[name]}
@@ -208,11 +208,12 @@ def test_unreadable_images_are_left_out_when_asked(finessl, folder, tmp_path):
 def test_a_class_that_loses_its_images_says_so(refused, folder, tmp_path):
     damaged(folder, tmp_path, lambda d: [empty(d / f"train/one/{k}.png") for k in range(5)])
     argv = ["train", "--data", "data", *TINY, "--skip-unreadable", "--out", "run", "--per-class"]
-    assert "class 0 ('one') has 1 image, fewer than the 2 labelled ones asked for; 5 more were left out as unreadable" in refused(*argv, 2)
+    lost = "5 more were left out as unreadable"
+    assert f"class 0 ('one') has 1 image, fewer than the 2 labelled ones asked for; {lost}" in refused(*argv, 2)
     shutil.move(tmp_path / "data/train/one/5.png", tmp_path / "data/other.png")
     lines = [f"train/{c}/{k}.png" for c in ("one", "two") for k in range(5)]
     (tmp_path / "data/labelled.txt").write_text("\n".join(lines))
-    assert "class 0 ('one') has 0 images, fewer than the 1 labelled ones asked for; 5 more were left out as unreadable" in refused(*argv, 1)
+    assert f"class 0 ('one') has 0 images, fewer than the 1 labelled ones asked for; {lost}" in refused(*argv, 1)
     (tmp_path / "data/other.png").unlink()
     assert not (tmp_path / "run").exists()
 
@@ -305,7 +306,8 @@ def test_predict_is_run_predict(finessl, trained, folder, tmp_path):
     assert [f"{v:.6f}" for v in p.amax(1).tolist()] == [line[2] for line in lines]
     # the very number of the record: images are read as in training
     right = [line[1] == Path(line[0]).parent.name for line in lines[:12]]
-    assert sum(right) / 12 == pytest.approx(json.loads((run / "record.json").read_text())["evaluations"][-1]["accuracy"], abs=1e-6)
+    record = json.loads((run / "record.json").read_text())
+    assert sum(right) / 12 == pytest.approx(record["evaluations"][-1]["accuracy"], abs=1e-6)
     assert finessl("predict", "--run", run, folder / "test", folder / "unlabelled/0.png", "--out", "p.csv") == (0, "",
                                                                                                                 "")
     assert (tmp_path / "p.csv").read_text() == out
@@ -412,7 +414,7 @@ def test_demo_refuses_at_once(refused, tmp_path):
     assert sorted(p.name for p in tmp_path.rglob("*")) == ["file", "finessl", "record.json", "runs"]
 
 
-# ---------------------------------------------------------------- Ctrl-C (during training: test_training.py; in a demo: test_survive.py)
+# --- Ctrl-C (during training: test_training.py; in a demo: test_survive.py)
 
 @pytest.mark.skipif(os.name == "nt", reason="signals as POSIX has them")
 def test_ctrl_c_at_any_early_moment(tmp_path):

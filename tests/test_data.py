@@ -1,4 +1,4 @@
-"Folders, image files and bad input: what a real disk holds. The mechanisms are tested in nbs/01_data.ipynb and nbs/engine/."
+"Folders, image files and bad input: what a real disk holds. The mechanisms are tested in their notebooks."
 import itertools
 import os
 import re
@@ -125,12 +125,12 @@ def test_enlarging_and_shrinking_are_antialiased_squashes(tmp_path):
 
 def test_folder(folder):
     d = check_dataset(image_folder(folder, n_per_class=2, seed=3))
-    assert d.classes == ("cat", "dog") and d.y_lb.tolist() == [0, 0, 1,
-                                                               1] and d.y_ulb.tolist() == [0] * 4 + [1] * 4 + [-1] * 5
+    assert d.classes == ("cat", "dog") and d.y_lb.tolist() == [0, 0, 1, 1]
+    assert d.y_ulb.tolist() == [0] * 4 + [1] * 4 + [-1] * 5
     assert d.x_ulb.shape == (13, 3, 24, 24) and d.y_test.tolist() == [0, 0, 1, 1, 1]
     assert torch.equal(d.x_ulb[d.split.idx_lb], d.x_lb) and torch.equal(d.y_ulb[d.split.idx_lb], d.y_lb)
-    assert torch.equal(d.x_ulb[5], pixels(folder / "train/dog/1.png")) and torch.equal(d.x_test[-1],
-                                                                                       pixels(folder / "test/dog/2.png"))
+    assert torch.equal(d.x_ulb[5], pixels(folder / "train/dog/1.png"))
+    assert torch.equal(d.x_test[-1], pixels(folder / "test/dog/2.png"))
     assert d.split[:3] == ("folder:my images é", 3, 2) and d.split.skipped == 0
     assert d.split.hash != image_folder(folder, n_per_class=2, seed=4).split.hash
     os.rename(folder, folder.parent / "moved")

@@ -13,6 +13,7 @@ from finessl.bench.measure import compilations, step_flops
 from finessl.bench.runner import BenchConfig, BenchmarkRunner
 from finessl.cli.main import main
 from finessl.data import check_dataset, digits
+from finessl.engine import evaluation
 from finessl.engine import downloads, named, precision, processes
 from finessl.engine import prefetch as prefetching
 from finessl.engine.batches import compute_logits, make_batch
@@ -197,8 +198,7 @@ WAITS = {"a printed value": (print, "asks the device for values"),
          "a look at the loss": (look_at_the_loss, "asks the device for values"),
          "a boolean index": (lambda x: x[x > 4], "asks the device which indices are meant"),
          "a blocking copy": (lambda x: x + torch.ones(10).to(x.device), "copies to the device while the host waits"),
-         "an index on the host": (lambda x: x[index], "copies to the device while the host waits"),
-         "numbers handed over": (lambda x: x + torch.tensor([1.] * 10, device=x.device), "the device")}
+         "an index on the host": (lambda x: x[index], "copies to the device while the host waits")}
 
 
 @pytest.mark.parametrize("name", WAITS)
@@ -231,7 +231,7 @@ def watched_fit(monkeypatch, dataset, algorithm, **settings):
     may_wait(NonFiniteGuard, "check")
     may_wait(MetricAccumulator, "read")
     in_one_thread = lambda make, steps, depth=0, device=None: (make(t) for t in steps) # the pretence is one thread's
-    monkeypatch.setattr(training, "prefetch", in_one_thread)
+    for m in (training, evaluation): monkeypatch.setattr(m, "prefetch", in_one_thread)
     images = training.make_batch
     def from_here_on(*a, **k):
         device.strict = True
@@ -437,7 +437,7 @@ def test_a_process_that_fails_on_gpus_does_not_wait_for_those_that_go_on(monkeyp
 
 def test_train_can_leave_the_encoder_uncompiled(tmp_path, monkeypatch):
     given = []
-    note = lambda *args, **kwargs: given.append(kwargs["compile"]) or exit(0)
+    note = lambda *args, **kwargs: given.append(kwargs["runtime"].compile) or exit(0)
     monkeypatch.setattr("finessl.devices.fit_distributed", note)
     command = ["train", "--data", "digits", "--per-class", "1", "--out", str(tmp_path / "run")]
     for more in ([], ["--no-compile"]):

@@ -21,7 +21,8 @@ def test_wheel_holds_weights_and_works_away_from_the_clone(tmp_path):
     run = lambda *a, **kw: subprocess.run([sys.executable, *a], check=True, capture_output=True, text=True, **kw)
     source = tmp_path / "source"
     run("-c",
-        f"import shutil; shutil.copytree({str(root)!r}, {str(source)!r}, ignore=shutil.ignore_patterns('.venv', '.git', 'nbs', 'figures', 'build', '*.egg-info'))")
+        f"import shutil; shutil.copytree({str(root)!r}, {str(source)!r}, "
+        "ignore=shutil.ignore_patterns('.venv', '.git', 'nbs', 'figures', 'build', '*.egg-info'))")
     run("-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", str(tmp_path), str(source))
     wheel, = tmp_path.glob("finessl-*.whl")
     names = zipfile.ZipFile(wheel).namelist()

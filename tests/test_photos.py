@@ -49,7 +49,7 @@ def test_the_runs_of_the_papers_length_differ_in_what_they_say_alone(tmp_path, m
     assert photos.plan_full_runs()[0]["schedule"] == Schedule(15_000, lr=.03, decay="epoch", reset_pace_every=500)
     assert len({(j["row"], j["start"], j["n_per_class"], j["seed"])
                 for j in photos.plan_full_runs()}) == len(photos.plan_full_runs()) == 27
-    for name, steps in (("paper", 4), ("LONGER", 2)): monkeypatch.setattr(photos, name, Schedule(steps))
+    for name, steps in (("PAPER_SCHEDULE", 4), ("LONGER", 2)): monkeypatch.setattr(photos, name, Schedule(steps))
     monkeypatch.setattr(photos, "PROMPTS", 2)
     dataset, encoder = photos.photo_split(folder(tmp_path), 1, seed=0, pool=4, test=3), tiny_encoder("timm")
     made = [json.loads(json.dumps(photos.run_photo(job, dataset, encoder))) for job in photos.plan_full_runs((0,), 1)]
@@ -64,13 +64,12 @@ def test_the_runs_of_the_papers_length_differ_in_what_they_say_alone(tmp_path, m
     for (row, start), r in runs.items():
         assert r["prompt_init"] == start
         assert r["schedule"]["steps"] == int(row.split()[-2])
-        assert r["algorithm"]["name"] in row.replace("labelled-only", "LabelledOnly")
+        assert r["algorithm"]["name"] in row.replace("labelled-only", "SupervisedOnly")
 
 
 def test_gamma_rises_to_its_value():
     rising = photos.GammaWarmup(rise=2)
-    z, a = torch.randn(4, 3, generator=torch.Generator().manual_seed(0)), torch.randn(4, 3,
-                                                                                      generator=torch.Generator().manual_seed(1))
+    z, a = (torch.randn(4, 3, generator=torch.Generator().manual_seed(s)) for s in (0, 1))
     step = photos_step(z, a)
     state = rising.init(10, 3)
     first, second, third = (float(rising(step, state)[0]) for _ in range(3))

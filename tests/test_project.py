@@ -52,7 +52,8 @@ def test_outputs_hold_no_machine_path_and_no_error():
                 assert output.output_type != "error", f"{path.name}: {output.evalue}"
                 text = str({k: v for k,
                             v in output.get("data", {}).items() if not k.startswith("image/")}) + output.get("text", "")
-                assert not machine.search(text), f"{path.name}: {machine.search(text).group()} in an output of {cell.source[:60]!r}"
+                where = f"{path.name}: in an output of {cell.source[:60]!r}"
+                assert not machine.search(text), f"{machine.search(text).group()}, {where}"
 
 
 def test_records_hold_no_machine_path():

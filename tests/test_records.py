@@ -38,9 +38,10 @@ def test_a_study_that_is_recorded_says_so_and_how_to_make_it_again(capsys):
     folder = root / "figures" / "records"
     before = {p: p.stat().st_mtime_ns for p in folder.glob("*.jsonl")}
     comparison.main(["references", "constants", "more", "--records", str(folder)])
-    assert capsys.readouterr().out.splitlines() == [f"all {n} runs of {study} are recorded in {folder}; --records NEW makes them again"
-                                                    for study,
-                                                    n in (("references", 360), ("constants", 270), ("more", 270))]
+    runs = {"references": 360, "constants": 270, "more": 270}
+    said = [f"all {n} runs of {study} are recorded in {folder}; --records NEW makes them again"
+            for study, n in runs.items()]
+    assert capsys.readouterr().out.splitlines() == said
     assert {p: p.stat().st_mtime_ns for p in folder.glob("*.jsonl")} == before
 
 
@@ -64,10 +65,10 @@ def test_what_the_readme_says_of_photographs_is_what_the_records_say():
         wide = df[(df.N == n) & (df.start == "tokens")].pivot(index="seed", columns="row",
                                                               values="accuracy")[["FineSSL, 600 steps",
                                                                                   "FixMatch, 600 steps"]].dropna()
-        p = str(paired(*wide.T.to_numpy())).replace("+", "")
+        p = str(paired_t_interval(*wide.T.to_numpy())).replace("+", "")
         assert len(wide) == 10 and p in text, p
     whole = photo_results(root / "figures" / "records", "whole")
     last = whole[(whole.start == "tokens") & whole.row.str.endswith(", 15000 steps")].pivot(index="seed", columns="row",
                                                                                             values="accuracy")
-    p = str(paired(*last[["FineSSL, 15000 steps", "FixMatch, 15000 steps"]].to_numpy().T)).replace("+", "")
+    p = str(paired_t_interval(*last[["FineSSL, 15000 steps", "FixMatch, 15000 steps"]].to_numpy().T)).replace("+", "")
     assert len(last) == 3 and f"by {p} points" in text, p

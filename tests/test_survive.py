@@ -1,4 +1,4 @@
-"""Faults that strike a run at a chosen place: SIGKILL while it writes, a full disk, missing memory, image files that break.
+"""Faults that strike a run at a chosen place: SIGKILL while it writes, a full disk, missing memory, images that break.
 
 The faults happen in real processes: this file, run as a script, imports torch once and forks a child for each of them.
 """
@@ -10,10 +10,9 @@ import torch
 from PIL import Image
 
 from finessl.cli import demo as cli_demo
-from finessl.cli.main import main as cli_main
-from finessl.engine import batches
-from finessl.engine import prefetch
-from finessl.engine import storage
+from finessl.cli import main as cli_main
+from finessl import training
+from finessl.engine import batches, checkpoint, prefetch, runs, storage
 from finessl.algorithms import FineSSL
 from finessl.engine.errors import DataError
 from finessl.data import digits
@@ -64,7 +63,7 @@ def kill_in_write(name, n=1):
             os.truncate(tmp, tmp.stat().st_size // 2)
             die()
         real(path, half if seen.count(name) == n and seen[-1] == name else write, keep)
-    storage.write_atomic = dying
+    for room in (checkpoint, runs): room.write_atomic = dying
 
 
 def kill_before_rename(n):
@@ -152,7 +151,8 @@ def on_a_small_disk(out, text):
     print(json.dumps([first, left, second]))
 
 
-TRAIN = f"finessl train --data digits --per-class 1 --steps {STEPS} --batch 4 --prompts 2 --evals 1 --checkpoint-every {EVERY} --quiet --out"
+TRAIN = (f"finessl train --data digits --per-class 1 --steps {STEPS} --batch 4 --prompts 2 --evals 1 "
+         f"--checkpoint-every {EVERY} --quiet --out")
 MUCH = TRAIN.replace("--batch 4", "--batch 256").replace(f"--steps {STEPS}", "--steps 6").replace(f"every {EVERY}",
                                                                                                   "every 2")
 
@@ -254,8 +254,8 @@ def happened(tmp_path_factory):
 
 def ends_as(happened, name, whole):
     "The resume after a fault has the weights and the record of the run that nothing struck."
-    assert happened[name]["second"]["code"] == 0 and happened[name]["second"]["files"] == ["model.safetensors",
-                                                                                           "record.json"], happened[name]
+    second = happened[name]["second"]
+    assert second["code"] == 0 and second["files"] == ["model.safetensors", "record.json"], happened[name]
     a, b = (outcome(Path(happened[n]["out"])) for n in (name, whole))
     assert a[0] == b[0]
     for r in (a[1], b[1]): r.pop("command")
@@ -305,7 +305,8 @@ def test_killed_when_all_is_written(happened):
                                                      ("no space for the record", "record.json", 8, "go")])
 def test_no_space_is_one_clear_error_and_keeps_the_last_checkpoint(happened, name, file, step, whole):
     f = happened[name]
-    says = f"no space left while writing {Path(f['out']) / file}; the checkpoint of step {step} is kept: go on with resume=True (--resume) once there is room\n"
+    says = (f"no space left while writing {Path(f['out']) / file}; the checkpoint of step {step} is kept: "
+            "go on with resume=True (--resume) once there is room\n")
     assert f["first"]["code"] == 1 and f["first"]["stderr"].partition(": ")[2].removeprefix("error: ") == says
     assert "checkpoint.pt" in f["first"]["files"] and not {n
                                                            for n in f["first"]["files"]
@@ -320,7 +321,8 @@ def test_a_disk_that_is_full_and_then_grows(happened):
     assert json.loads(f["first"]["stdout"]) == [1, ["checkpoint.pt", "previous-checkpoint.pt"],
                                                 0] and f["first"]["stderr"].count("\n") == 1
     assert "no space left while writing" in f["first"]["stderr"]
-    assert (Path(f["out"]) / "model.safetensors").read_bytes() == (Path(happened["train"]["out"]) / "model.safetensors").read_bytes()
+    weights = lambda out: (Path(out) / "model.safetensors").read_bytes()
+    assert weights(f["out"]) == weights(happened["train"]["out"])
 
 
 @linux
@@ -337,7 +339,9 @@ def test_no_memory_is_an_error_that_says_what_needs_less(happened):
 def test_a_folder_that_cannot_be_written_to(happened):
     says = lambda name: happened[name]["first"]["stderr"]
     late = happened["read-only from a step on"]
-    assert says("read-only from a step on") == f"TrainingError: permission denied while writing {late['out']}/checkpoint.pt; the checkpoint of step 4 is kept: go on with resume=True (--resume) once it can be written\n"
+    assert says("read-only from a step on") == (
+        f"TrainingError: permission denied while writing {late['out']}/checkpoint.pt; "
+        "the checkpoint of step 4 is kept: go on with resume=True (--resume) once it can be written\n")
     assert ends_as(happened, "read-only from a step on", "go") == [4]
     assert says("a read-only folder").endswith("/run cannot be written to\n")
     assert happened["a read-only folder"]["first"]["code"] == 2
@@ -490,7 +494,7 @@ def test_when_asked_training_goes_on_bit_for_bit(photos, tmp_path, monkeypatch):
     assert whole.record["unreadable"] == ["test/1/2.png", "train/1/5.png", "train/2/0.png"]
     assert sum(map(sum, whole.record["confusion"])) == 8        # of 9 test images
     # images made when they are needed: the same
-    look(lists(), tmp_path / "run", depth=0, **{"checkpoint_every": 3, "schedule": Schedule(10)})
+    look(lists(), tmp_path / "run", prefetch_depth=0, **{"checkpoint_every": 3, "schedule": Schedule(10)})
     assert outcome(tmp_path / "run")[0] == outcome(tmp_path / "whole")[0]
     shutil.rmtree(tmp_path / "run")
     real, calls = FineSSL.__call__, []
@@ -505,8 +509,8 @@ def test_when_asked_training_goes_on_bit_for_bit(photos, tmp_path, monkeypatch):
 
 
 def test_a_replacement_keeps_its_class_and_its_place_in_the_pool(photos):
-    ds, views = image_lists(photos, image_size=32, unreadable="skip"), training.default_views(few(),
-                                                                                              training.load_backbone("pocket"))
+    ds = image_lists(photos, image_size=32, unreadable="skip")
+    views = training.default_views(few(), training.load_backbone("pocket"))
     for f in ("train/0/0.png", "train/1/3.png"): cut(photos / f)
     lb, ulb = (prefetch.make_fetcher(x, "cpu") for x in (ds.x_lb, ds.x_ulb))
     seen, labels = set(), torch.zeros(3, dtype=torch.int64)
@@ -547,8 +551,8 @@ def test_on_the_command_line(photos, tmp_path, monkeypatch, capsys):
     # the file is gone for good, and the run the same
     assert cli_main.main([*argv, "--resume"]) == 0, capsys.readouterr().err
     out, record = capsys.readouterr().out, json.loads((tmp_path / "run/record.json").read_text())
-    assert record["dataset"]["unreadable"] == ["train/0/7.png"] and record["unreadable"] == ["test/0/0.png",
-                                                                                             "train/1/6.png"] and record["resumes"][0]["step"] == 7
+    assert record["dataset"]["unreadable"] == ["train/0/7.png"]
+    assert record["unreadable"] == ["test/0/0.png", "train/1/6.png"] and record["resumes"][0]["step"] == 7
     assert "left out as unreadable: 1" in out and ("left out as unreadable while training: 2 (test/0/0.png, …), named "
                                                    "in record.json") in out
     n = record["n_test"] - 1

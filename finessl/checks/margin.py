@@ -10,9 +10,9 @@ import math
 import torch
 from . import assert_close, raises
 
-# %% ../../nbs/05_margin.ipynb #3dc04ed6
-def counts_after(pace, *rows): # rows (idx, conf, pl); -> the counts after them
-    "Give a batch, row by row, to a pace table."
+# %% ../../nbs/05_margin.ipynb #4c17cadf
+def counts_after(pace, *rows): # rows (idx, conf, pl)
+    "The counts of a pace table after one more batch."
     idx, conf, pl = zip(*rows)
     pace.update(torch.tensor(idx), torch.tensor(conf), torch.tensor(pl))
     return pace.counts

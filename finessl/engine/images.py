@@ -114,8 +114,8 @@ def next_readable(
     if not x.skipped: return i
     for j in (k % len(x) for k in range(i, i + len(x))):
         if (y is None or y[j] == y[i]) and x.skipped.name(x.files[j]) not in x.skipped: return j
-    raise UnreadableError(x.files[i],
-                          f"cannot read image {x.files[i]}, and none is left to take its place{'' if y is None else ' in its class'}")
+    where = "" if y is None else " in its class"
+    raise UnreadableError(x.files[i], f"cannot read image {x.files[i]}, and none is left to take its place{where}")
 
 # %% ../../nbs/engine/images.ipynb #0bb07444
 def fetch_with_fallback(

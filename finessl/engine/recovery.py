@@ -19,7 +19,8 @@ NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "ALL
 
 @contextlib.contextmanager
 def memory_advice(
-    advice: str # what needs less memory than what is tried here
+    advice: str, # what needs less memory than what is tried here
+    batch: int|None = None # labelled images per step, for the message
 ):
     "Whatever says that memory ran out becomes OutOfMemory, with advice."
     try: yield
@@ -27,7 +28,8 @@ def memory_advice(
         typed = isinstance(e, (MemoryError, torch.OutOfMemoryError))
         if not typed and (isinstance(e, TrainingError) or not any(text in str(e) for text in NO_MEMORY)): raise
         first = str(e).partition("\n")[0] or "MemoryError"
-        raise OutOfMemory(f"out of memory ({first}): {advice}") from e
+        tried = "" if batch is None else f" with batch={batch}"
+        raise OutOfMemory(f"out of memory{tried} ({first}): {advice}") from e
 
 # %% ../../nbs/engine/recovery.ipynb #22494c55
 EVAL_ADVICE = ("evaluations look at 256 images at once, whatever the batch; "

@@ -188,5 +188,5 @@ def main(argv=None) -> int: # exit code: 1 where a run broke
     except FileNotFoundError as error: ap.error(str(error)) # "tuned" without "tune", pictures without records
 
 # %% ../../nbs/studies/comparison.ipynb #fd4f6a86
-#| eval: false
-if __name__ == "__main__": sys.exit(main())
+if __name__ == "__main__" and __spec__: # not in a notebook
+     sys.exit(main())

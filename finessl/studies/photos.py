@@ -286,5 +286,5 @@ def main(argv=None) -> int: # exit code: 1 where a run broke
     return int(bool(run_photos(args.data, args.checkpoint, args.records, SEEDS, args.workers, args.whole)))
 
 # %% ../../nbs/studies/photos.ipynb #83f06b8c
-#| eval: false
-if __name__ == "__main__": sys.exit(main())
+if __name__ == "__main__" and __spec__: # not in a notebook
+     sys.exit(main())
