@@ -8,7 +8,7 @@ import torch
 from finessl.algorithms import FineSSL
 from finessl.backbone import load_backbone
 from finessl.bench.scaling import main, scaling_table
-from finessl.cli import main as cli_main
+from finessl.cli.main import main as cli_main
 from finessl.data import digits
 from finessl.devices import fit_distributed
 from finessl.engine.errors import DataError, PeerFailed, PeerLost, TrainingError, UnreadableError
@@ -234,7 +234,7 @@ def test_nothing_stays_of_a_parent_that_is_killed(tmp_path):
 
 NO_ROOM = """
 import resource, sys
-from finessl.cli import main as cli_main
+from finessl.cli.main import main as cli_main
 from finessl.engine.launch import launch
 hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
 resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))        # no file may be larger: the call does not fit
