@@ -29,7 +29,7 @@ from .engine.precision import autocast, compile_encoder, default_precision, supp
 from .engine.prefetch import default_prefetch_depth, make_fetcher, prefetch
 from .engine.processes import ProcessGroup, fail_together
 from .engine.progress import GracefulStop, ProgressBar, Timer, stop_on_signal
-from .engine.recovery import EVAL_ADVICE, memory_advice, resume_hints, step_advice
+from .engine.recovery import EVAL_ADVICE, explained, memory_advice, step_advice
 from .engine.runs import TrainedRun, load_run, run_folder, save_run
 from .engine.schedule import SHORT_SCHEDULE, Schedule, cosine_lr, pace_is_due
 from .engine.settings import build_settings
@@ -278,19 +278,20 @@ def fit(
     overwrite: bool = False, # write into an `out` that holds a finished run
     **keywords # fields of Settings, Runtime and Schedule
 ) -> TrainedRun:
-    ("Train prompts and heads on a frozen encoder with any algorithm; the paper's optimizer and schedule are the "
-     "defaults.")
+    "Train prompts and heads on a frozen encoder with any algorithm; the paper's constants are the defaults."
     settings, runtime = read_keywords(settings, runtime, keywords)
     folder, group = None if out is None else Path(out), ProcessGroup(runtime.device)
     with fail_together(group):
         setup = prepare(dataset, backbone, algorithm, settings, runtime, group, folder if resume else None)
         state = build_state(setup)
-        with (run_folder(folder if group.is_main else None, overwrite), stop_on_signal(None, group) as stop,
-              resume_hints(folder)):
-            if resume and folder is not None: resume_from(folder, state, setup.recorded, runtime_of(setup), group)
-            train(setup, state, folder, stop)
-            run = finish(setup, state)
-            if folder is not None and group.is_main: save_run(run, folder)
+        with run_folder(folder if group.is_main else None, overwrite), stop_on_signal(None, group) as stop:
+            def work():
+                if resume and folder is not None: resume_from(folder, state, setup.recorded, runtime_of(setup), group)
+                train(setup, state, folder, stop)
+                run = finish(setup, state)
+                if folder is not None and group.is_main: save_run(run, folder)
+                return run
+            run = explained(work, folder)
             group.barrier()
         if stop.requested:
             kept = "" if folder is None else ", record and model written"

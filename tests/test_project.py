@@ -19,7 +19,7 @@ def copy(tmp_path):
 
 
 def differing(a, b, pattern):
-    names = {p.name for p in (*a.glob(pattern), *b.glob(pattern))}
+    names = {str(p.relative_to(x)) for x in (a, b) for p in x.rglob(pattern)}
     return sorted(n
                   for n in names
                   if not ((a / n).exists() and (b / n).exists() and filecmp.cmp(a / n, b / n, shallow=False)))
@@ -46,7 +46,7 @@ def test_ci_runs_the_command_of_the_readme():
 
 def test_outputs_hold_no_machine_path_and_no_error():
     machine = re.compile(r"(/home/|/Users/|/root/|/tmp/|/work/|site-packages|[A-Z]:\\\\Users)")
-    for path in sorted((root / "nbs").glob("*.ipynb")):
+    for path in sorted((root / "nbs").rglob("*.ipynb")):
         for cell in nbformat.read(path, as_version=4).cells:
             for output in cell.get("outputs", []):
                 assert output.output_type != "error", f"{path.name}: {output.evalue}"
@@ -65,13 +65,13 @@ def test_records_hold_no_machine_path():
 
 
 def test_every_code_cell_with_pictures_was_run():
-    for path in sorted((root / "nbs").glob("*.ipynb")):
+    for path in sorted((root / "nbs").rglob("*.ipynb")):
         cells = [c for c in nbformat.read(path, as_version=4).cells if c.cell_type == "code"]
         assert any(c.outputs for c in cells), f"{path.name} was committed without its outputs"
 
 
 def test_code_in_notebooks_needs_no_scrolling_sideways():
-    for path in sorted((root / "nbs").glob("*.ipynb")):
+    for path in sorted((root / "nbs").rglob("*.ipynb")):
         for cell in nbformat.read(path, as_version=4).cells:
             if cell.cell_type != "code": continue
             for line in cell.source.splitlines():

@@ -63,7 +63,7 @@ def kill_in_write(name, n=1):
             os.truncate(tmp, tmp.stat().st_size // 2)
             die()
         real(path, half if seen.count(name) == n and seen[-1] == name else write, keep)
-    for room in (checkpoint, runs): room.write_atomic = dying
+    for room in (checkpoint, runs, storage): room.write_atomic = dying
 
 
 def kill_before_rename(n):
