@@ -208,6 +208,13 @@ def test_what_makes_a_host_wait_is_found(name):
     with PretendedDevice(): far_range(f, "meta")()             # and nothing else is wrong with it
 
 
+def test_numbers_handed_over_one_by_one_are_found():
+    "They never reach the pretended device, so that is all that can be said of them."
+    f = lambda x: x + torch.tensor([1.] * 10, device=x.device)
+    with pytest.raises(AssertionError, match="fills a tensor on the device with numbers of the host"):
+        check_waits_for_nothing(functools.partial(far_range, f))
+
+
 def test_a_pace_table_on_the_cpu_makes_the_host_wait():
     variant = VARIANTS["finessl-eager"]._replace(pace="cpu")
     with pytest.raises(AssertionError, match="asks the device"):

@@ -7,7 +7,7 @@ from torchvision import datasets
 from finessl import backbone, gpu, views
 from finessl.algorithms import FineSSL
 from finessl.cli import bench as cli_bench, main as cli_main, options as cli_options
-from finessl.engine import downloads, encoders, hub, named
+from finessl.engine import encoders, hub, named
 from finessl.engine.batches import labelled_indices
 from finessl.engine.catalogue import DEFAULT_FILENAMES, WEIGHTS
 from finessl.engine.downloads import ARCHIVES, PATCH, missing_data, missing_weights, require_files
@@ -71,7 +71,7 @@ def test_what_is_not_served_is_not_in_the_table():
     for name in ("timm:vit_base_patch16_siglip_224", "open_clip:RN50/openai", "open_clip:ViT-B-16/openai"):
         assert name not in WEIGHTS and hub.look_up(name)[0] == "refused"
     with torch.device("meta"): pocket = backbone.Encoder(encoders.encoder_spec("pocket").build(), "pocket")
-    assert pocket.patch_size == downloads.PATCH["pocket"]
+    assert pocket.patch_size == PATCH["pocket"]
 
 
 def test_choices_are_those_of_the_algorithm_and_of_fit():

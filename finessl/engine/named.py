@@ -15,7 +15,7 @@ from .downloads import ARCHIVES, missing_archive, url_error
 from .errors import DataError
 from .images import ImageFiles
 
-# %% ../../nbs/engine/named.ipynb #a1239307
+# %% ../../nbs/engine/named.ipynb #91b02062
 def torchvision_parts(
     name: str, # "cifar10", "cifar100" or "food101"
     folder, # where the data set, or its archive, lies or goes
