@@ -352,7 +352,7 @@ def test_the_progress_bar_ends_with_what_the_record_says(encoder, capsys, algori
     line = capsys.readouterr().err.split("\r")[-1]
     assert "12/12" in line and dict(re.findall(r"(\w+)=([\d.%]+)", line)) == \
         {k: v for k,
-         v in {"loss": f"{last['loss']:.3f}", "kept": f"{last['util'] or 0:.0%}",
+         v in {"loss": f"{last['loss']:.3f}", "kept": f"{last['mask_ratio'] or 0:.0%}",
                "accuracy": f"{last['accuracy']:.1%}"}.items() if k in shows}
 
 

@@ -37,8 +37,7 @@ def add_demo(commands, common):
     p.add_argument("--quiet", action="store_true", help="print nothing but errors")
 
 def references(dataset, n_per_class: int, seed: int, encoder) -> dict: # name -> {"accuracy", "seconds"}
-    ("What needs no training in steps: probes on pixels and on features, and zero-shot; their seconds include the "
-     "features.")
+    "What needs no training in steps: two probes and zero-shot; their seconds include the features."
     from finessl.lab import Lab, linear_probe, raw_probe, zero_shot
     start = time.perf_counter()
     lab = Lab(encoder, n_weak=1, n_strong=1)

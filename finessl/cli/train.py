@@ -131,8 +131,7 @@ def load_dataset(args): # -> Dataset
     return image_folder(args.data, args.per_class, seed, unreadable=unreadable)
 
 def skip_option(args): # "raise", "skip", or a list of names
-    ("What `--skip-unreadable` asks for; a resume leaves out what the run left out when it began, and decodes nothing "
-     "again.")
+    "Leave out what `--skip-unreadable` says, or at a resume what the run left out when it began."
     from finessl.engine.checkpoint import latest_checkpoint
     if not args.skip_unreadable: return "raise"
     c = latest_checkpoint(args.out) if args.resume else None

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import torch
 from ..bias import PseudoLabelQuality
-from ..engine.storage import read_records
+from ..engine.records import read_runs
 from ..engine.schedule import PAPER_SCHEDULE
 from ..lab import colour
 from .photos import LONGER, SEEDS, STARTS, methods
@@ -23,7 +23,7 @@ def photo_results(
 ) -> pd.DataFrame: # row, start, N, seed; in per cent: accuracy, pool, and share (the largest class's part of the pool)
     "The last evaluation of every run of the study, and the encoder's references."
     out = []
-    for r in read_records(Path(records) / f"{study}.jsonl"):
+    for r in read_runs(Path(records) / f"{study}.jsonl"):
         key = {"start": r["start"], "N": r["n_per_class"], "seed": r["seed"]}
         if r["row"] == "encoder":
             out += [key | {"row": name, "start": start, "accuracy": 100 * value[name]}
