@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['whole', 'TRAIN', 'add_images', 'add_model', 'add_schedule', 'add_machine', 'add_output', 'add_train', 'load_dataset',
            'skip_option', 'apply_preset', 'check_train', 'check_data', 'check_run_folder', 'progress_option',
-           'train_command', 'run_training', 'settings_of', 'runtime_options', 'summary_lines']
+           'train_command', 'run_training', 'settings_from_args', 'runtime_options', 'summary_lines']
 
 # %% ../../nbs/cli/train.ipynb #f6b37c37
 import json, os, shlex, sys
@@ -231,12 +231,12 @@ def run_training(args, device): # device: a name, or None
     say(f"{args.data}: {len(dataset.classes)} classes, {len(dataset.x_lb)} labelled images, "
         f"{len(dataset.x_ulb)} in the pool, {len(dataset.x_test)} for the test{skipped}")
     views = natural_views(encoder.image_size, *NORMALISATION[args.normalise]) if args.normalise else None
-    settings, runtime = settings_of(args, views), runtime_options(args, device)
+    settings, runtime = settings_from_args(args, views), runtime_options(args, device)
     run = fit_distributed(args.processes, dataset, encoder, algorithm, settings=settings, runtime=runtime,
                           out=args.out, resume=args.resume)
     for text in summary_lines(args, dataset, run.record): say(text)
 
-def settings_of(args, views): # -> Settings
+def settings_from_args(args, views): # -> Settings
     "What decides the result, from the command line."
     from finessl.engine.schedule import Schedule
     from finessl.training import Settings
