@@ -161,7 +161,8 @@ def encoder_quality(encoder, dataset: Dataset, seed: int) -> dict: # start of th
         lb, test = (unit_features(model.features, x, eval_view) for x in (dataset.x_lb, dataset.x_test))
         with torch.no_grad(): counts = model.head(test).argmax(1).bincount(minlength=len(dataset.classes))
         known = lb, dataset.y_lb, test, dataset.y_test
-        out[start] = {"probe": logistic_probe(lb, dataset.y_lb).score(test, dataset.y_test), "20-NN": knn_accuracy(*known),
+        out[start] = {"probe": logistic_probe(lb, dataset.y_lb).score(test, dataset.y_test),
+                      "20-NN": knn_accuracy(*known),
                       "cosine": round(float((test @ test.T).mean()), 4), "first_counts": counts.tolist()}
     return out
 
