@@ -1,4 +1,4 @@
-"""Make recorded runs again and compare every evaluation to the bit: `python tests/reproduce.py [--photos DATA CHECKPOINT]`.
+"""Make recorded runs again, compare every evaluation to the bit: `python tests/reproduce.py [--photos DATA WEIGHTS]`.
 
 One thread, as the records were made; the runs are named below, one or more from each file of `figures/records`
 that holds runs. `--photos` adds runs on CIFAR-10 as image files (minutes each), `--whole` one on all of it.
@@ -6,7 +6,7 @@ that holds runs. `--photos` adds runs on CIFAR-10 as image files (minutes each),
 import argparse, sys
 from pathlib import Path
 import torch
-from finessl.engine.records import read_runs, upgrade_record
+from finessl.engine.old_records import read_runs, upgrade_record
 from finessl.lab import Lab, linear_probe, raw_probe, zero_shot
 from finessl.studies import comparison, photos
 
@@ -20,7 +20,8 @@ RUNS = {  # study -> (row, N, seed)
     "differences": [("smoothing over all C", 1, 2), ("labelled images dropped", 1, 4)],
     "map": [("γ=10.0 lr=0.03", 1, 101)],
 }
-REFERENCES = [(f, n, s, known) for f in (raw_probe, zero_shot, linear_probe) for n, s, known in ((1, 0, None), (4, 9, 6))]
+REFERENCES = [(f, n, s, known) for f in (raw_probe, zero_shot, linear_probe)
+              for n, s, known in ((1, 0, None), (4, 9, 6))]
 PHOTOS = [("encoder", None, 4, 0), ("FineSSL", "tokens", 4, 0), ("FixMatch", "random", 1, 0)] # row, start, N, seed
 TIMES = ("seconds", "eval_seconds", "steps_per_s")
 
@@ -62,7 +63,8 @@ def of_photos(data, checkpoint, names, whole=False):
 
 if __name__ == "__main__":
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    ap.add_argument("--photos", nargs=2, metavar=("DATA", "CHECKPOINT"), help="CIFAR-10 as images, and the ViT-Ti's weights")
+    ap.add_argument("--photos", nargs=2, metavar=("DATA", "WEIGHTS"),
+                    help="CIFAR-10 as images, and the ViT-Ti's weights")
     ap.add_argument("--whole", action="store_true", help="with --photos: one run on all of CIFAR-10 too")
     args = ap.parse_args()
     torch.set_num_threads(1)
@@ -71,6 +73,7 @@ if __name__ == "__main__":
     if not args.photos: found += [compare(*one) for one in of_comparison()]
     else:
         found += [compare(*one) for one in of_photos(*args.photos, PHOTOS)]
-        if args.whole: found += [compare(*one) for one in of_photos(*args.photos, [("labelled-only, 600 steps", "tokens", 4, 0)], True)]
+        whole = [("labelled-only, 600 steps", "tokens", 4, 0)] if args.whole else []
+        found += [compare(*one) for one in of_photos(*args.photos, whole, True)]
     print(f"{sum(found)} of {len(found)} equal")
     sys.exit(not all(found))

@@ -15,7 +15,7 @@ from ..algorithms import FineSSL
 from ..backbone import load_backbone
 from ..data import digits, holdout
 from ..engine.schedule import SHORT_SCHEDULE
-from ..engine.records import read_runs
+from ..engine.old_records import read_runs
 from ..lab import Lab, linear_probe, raw_probe, zero_shot
 from ..pseudo_labels import FixMatch, SupervisedOnly
 from .runner import run_jobs, say_recorded

@@ -10,7 +10,7 @@ __all__ = ['RECORDS', 'PARTS', 'main_results', 'headline_table', 'spread_labels'
 from pathlib import Path
 import numpy as np
 import pandas as pd
-from ..engine.records import read_runs
+from ..engine.old_records import read_runs
 from ..lab import COLOURS
 from .comparison import MAIN, PROMPTS, REFERENCES, SCHEDULE
 from .statistics import Markdown, load_results, markdown_table, mean_std_table

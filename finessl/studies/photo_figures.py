@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import torch
 from ..bias import PseudoLabelQuality
-from ..engine.records import read_runs
+from ..engine.old_records import read_runs
 from ..engine.schedule import PAPER_SCHEDULE
 from ..lab import colour
 from .photos import LONGER, SEEDS, STARTS, methods

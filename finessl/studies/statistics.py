@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 from scipy.stats import ttest_rel
-from ..engine.records import read_runs
+from ..engine.old_records import read_runs
 
 # %% ../../nbs/studies/statistics.ipynb #10eb1fe8
 class PairedDifference(NamedTuple):
