@@ -87,8 +87,8 @@ def minutes(path): # 150 words and 12 lines of code a minute, a quarter for a pi
 
 
 def test_minutes_of_the_map_are_computed():
-    rows = re.findall(r"^\| \[[^]]+\]\((nbs/\d\d_\w+\.ipynb)\) \|[^|]*\| (\d+) \|", (root / "README.md").read_text("utf-8"),
-                      re.M)
+    text = (root / "README.md").read_text("utf-8")
+    rows = re.findall(r"^\| \[[^]]+\]\((nbs/\d\d_\w+\.ipynb)\) \|[^|]*\| (\d+) \|", text, re.M)
     assert sorted(p for p, _ in rows) == sorted(f"nbs/{p.name}" for p in (root / "nbs").glob("[0-9]*.ipynb"))
     wrong = [f"{p}: {said} in the map, {minutes(root / p):.0f} by its words, lines and pictures"
              for p, said in rows if abs(int(said) - minutes(root / p)) > 1]

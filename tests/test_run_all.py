@@ -1,6 +1,7 @@
 """Whoever opens a notebook in JupyterLab and chooses Run All gets to its end, and no file of the project has changed.
 
-Jupyter knows nothing of nbdev's directives: every cell runs, in a copy of the project, each notebook in a kernel of its own.
+Jupyter knows nothing of nbdev's directives: every cell runs. Each notebook has a kernel of its own, in a copy of the project.
+Takes a quarter of an hour on two cores: `python -m pytest -m slow tests/test_run_all.py`.
 """
 import hashlib, shutil, subprocess, sys
 from pathlib import Path
@@ -39,7 +40,8 @@ def test_run_all(notebook, copy, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     before, path = digests(copy), copy / notebook
     nb = nbformat.read(path, as_version=4)
-    NotebookClient(nb, timeout=1200, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}}).execute()
+    here = {"metadata": {"path": str(path.parent)}}
+    NotebookClient(nb, timeout=1200, kernel_name="python3", resources=here).execute()
     after = digests(copy)
     changed = sorted(p for p in {*before, *after} if before.get(p) != after.get(p))
     assert not changed, f"{notebook} changes {', '.join(changed)}"
