@@ -114,8 +114,8 @@ def train_methods(args, dataset, encoder) -> dict: # name -> record
     from finessl.training import fit
     from finessl.engine.settings import build_settings
     from finessl.views import default_views
-    schedule, views, records = SCHEDULE._replace(steps=args.steps or SCHEDULE.steps), default_views(dataset,
-                                                                                                    encoder), {}
+    schedule = SCHEDULE._replace(steps=args.steps or SCHEDULE.steps)
+    views, records = default_views(dataset, encoder), {}
     how = dict(n_prompts=PROMPTS, schedule=schedule, batch=BATCH, seed=args.seed)
     said = dict(progress=progress_option(args), command=args.command_line)
     for name in METHODS:

@@ -46,8 +46,8 @@ def plot_photos(
         for row in (*shift, "probe", "20-NN"):
             d = df[(df.row == row) & (df.start == (start if row in shift else "none"))]
             m, c = d.groupby("N").accuracy.mean(), colour({"probe": "linear probe"}.get(row, row))
-            style = dict(ls="-", marker="o", lw=2) if row in shift else dict(ls={"probe": "--", "20-NN": ":"}[row],
-                                                                             lw=1.3)
+            style = dict(ls={"probe": "--", "20-NN": ":"}.get(row, "-"), lw=1.3)
+            if row in shift: style = dict(ls="-", marker="o", lw=2)
             ax.plot(np.log2(m.index), m, color=c, ms=5, label=row, **style)
             if row in shift: ax.plot(np.log2(d.N) + shift[row], d.accuracy, ".", color=c, alpha=.4, ms=5)
         ax.set(xticks=[0, 1, 2], xticklabels=[1, 2, 4], xlabel="labelled images per class",
