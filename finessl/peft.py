@@ -14,7 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from .backbone import Encoder
 from .data import Dataset, generator
+from .engine.adapters import FineTuned
 from .engine.encoders import is_timm
+from .engine.peft_names import parse_peft
 
 # %% ../nbs/12_peft.ipynb #8e9791d7
 def prompt_bound(
@@ -159,15 +161,16 @@ class TwoHeadModel(nn.Module):
 def build_model(
     encoder: Encoder, # frozen
     n_classes: int, # C
-    peft: str = "vpt", # what is trained besides the heads: "vpt" prompts in every layer, "linear" nothing
+    peft: str = "vpt", # what is trained besides the heads: "vpt" prompts in every layer, "linear" nothing, or others
     n_prompts: int = 50, # per layer, for "vpt"
     seed: int = 0 # of prompts and heads
 ) -> TwoHeadModel:
     "Encoder, prompts and two cosine heads, initialised from `seed` whatever was drawn before."
-    if peft not in ("vpt", "linear"): raise ValueError(f'peft must be "vpt" or "linear", got {peft!r}')
+    method, _ = parse_peft(peft)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        features = VPT(encoder, n_prompts if peft == "vpt" else 0)
+        prompts = method in ("vpt", "linear")
+        features = VPT(encoder, n_prompts if method == "vpt" else 0) if prompts else FineTuned(encoder, peft)
         head, aux = CosineHead(encoder.width, n_classes), CosineHead(encoder.width, n_classes)
     return TwoHeadModel(features, head, aux)
 

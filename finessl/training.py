@@ -25,6 +25,7 @@ from .engine.evaluation import evaluate, finalize_log
 from .engine.images import exclude_files, unreadable_files
 from .engine.metrics import MetricAccumulator, NonFiniteGuard
 from .engine.moved import RENAMED, moved_names
+from .engine.peft_names import parse_peft
 from .engine.precision import autocast, compile_encoder, default_precision, supports_compile
 from .engine.prefetch import default_prefetch_depth, make_fetcher, prefetch
 from .engine.processes import ProcessGroup, fail_together
@@ -47,7 +48,7 @@ class Settings:
     weight_decay: float = 5e-4
     seed: int = 0 # of the draws: images and views
     init_seed: int|None = None # of prompts and heads; None: as seed
-    peft: str = "vpt" # "vpt": prompts in every layer; "linear": heads on frozen features
+    peft: str = "vpt" # "vpt": prompts in every layer; "linear": heads on frozen features; others: see engine.adapters
     n_prompts: int|None = None # per layer; None: as many for its tokens as the paper's 50 for ViT-B/16's 197
     prompt_init: str = "random" # "random" as in the paper, or "tokens" of the labelled images
     labelled: str = "all" # "release": drop labelled images as the released loader does
@@ -90,7 +91,7 @@ def read_keywords(settings: Settings|None, runtime: Runtime|None, keywords: dict
 def validate(dataset: Dataset, algorithm, settings: Settings, runtime: Runtime = Runtime(),
              world_size: int = 1) -> None:
     "Raise a ValueError that says which value was given and what is allowed."
-    s, parts = settings, world_size * runtime.accumulate
+    s, parts, _ = settings, world_size * runtime.accumulate, parse_peft(settings.peft)
     check_dataset(dataset)
     for name, v in {"seed": s.seed, "init_seed": s.init_seed}.items():
         if v is not None and not hasattr(v, "__index__"): raise ValueError(f"{name} must be a whole number, got {v!r}")
@@ -103,7 +104,7 @@ def validate(dataset: Dataset, algorithm, settings: Settings, runtime: Runtime =
                          f"got {s.batch} for {world_size} x {runtime.accumulate}")
     if algorithm.required_outputs and not len(dataset.x_ulb):
         raise ValueError(f"{type(algorithm).__name__} needs unlabelled images, and the pool is empty")
-    if s.prompt_init not in ("random", "tokens") or (s.prompt_init, s.peft) == ("tokens", "linear"):
+    if s.prompt_init not in ("random", "tokens") or s.prompt_init == "tokens" and s.peft != "vpt":
         raise ValueError('prompt_init must be "random", or "tokens" where there are prompts (peft="vpt"), '
                          f'got {s.prompt_init!r} with peft={s.peft!r}')
     check_range("lr", s.schedule.lr, above=True)

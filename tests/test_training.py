@@ -325,7 +325,7 @@ def test_a_killed_write_leaves_nothing_behind(encoder, tmp_path):
 @pytest.mark.parametrize("changes, says",
                          [(dict(batch=0), "batch must be a whole number >= 1, got 0"),
                           (dict(batch="a"), "batch must be a whole number >= 1, got 'a'"), (dict(evals=0), "evals"),
-                          (dict(schedule=Schedule(0)), "steps"), (dict(mu=0), "mu"), (dict(peft="lora"), "peft"),
+                          (dict(schedule=Schedule(0)), "steps"), (dict(mu=0), "mu"), (dict(peft="lara"), "peft"),
                                            (dict(precision="fp8"), "precision"),
                           (dict(schedule=Schedule(5, decay="week")), "decay"), (dict(labelled="some"), "labelled"),
                           (dict(checkpoint_every=0), "checkpoint_every"),

@@ -11,9 +11,10 @@ __all__ = ['whole', 'TRAIN', 'add_images', 'add_model', 'add_schedule', 'add_mac
 import json, os, shlex, sys
 from pathlib import Path
 from .options import add_algorithm, algorithm_options, check_backbone, check_files, check_out
-from .options import env_rank, make_algorithm, path_type, ranged_type, resolve_device
+from .options import env_rank, make_algorithm, path_type, peft_type, ranged_type, resolve_device
 from ..engine.downloads import ARCHIVES
 from ..engine.errors import UsageError
+from ..engine.peft_names import SIZES
 from ..studies.presets import presets
 
 # %% ../../nbs/cli/train.ipynb #b9bc70a3
@@ -48,8 +49,9 @@ def add_model(p):
     g.add_argument("--backbone", default="pocket", help="pocket, open_clip:ARCHITECTURE/PRETRAINED, or timm:NAME")
     g.add_argument("--checkpoint", metavar="FILE", type=path_type,
                    help="the encoder's weights in a local file (default: its pretrained ones)")
-    g.add_argument("--peft", choices=("vpt", "linear"), default="vpt",
-                   help="train prompts in every layer and heads, or heads alone")
+    g.add_argument("--peft", metavar="NAME", type=peft_type, default="vpt",
+                   help="what is trained beside the heads: vpt (prompts in every layer), linear (nothing), "
+                        f"{', '.join(SIZES)}; a size may follow, as in lora:8 (default: %(default)s)")
     g.add_argument("--prompts", metavar="P", type=whole,
                    help="prompts per layer, for --peft vpt (default: 50 for 197 tokens, as in the paper; 4 for the "
                         "pocket)")
