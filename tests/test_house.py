@@ -14,7 +14,7 @@ tests = sorted((root / "tests").glob("*.py"))
 MAIN = ("checks", "data", "lab", "pseudo_labels", "bias", "margin", "smoothing", "reweighting", "algorithms", "rivals",
         "views", "backbone", "peft", "training", "gpu", "devices")
 IDEAS = ("pseudo_labels", "margin", "smoothing", "reweighting", "algorithms")
-GROUND = ("errors", "storage", "diff", "precision", "environment", "images", "prefetch", "processes", "metrics",
+GROUND = ("errors", "atomic", "storage", "diff", "precision", "environment", "images", "prefetch", "processes", "metrics",
           "schedule",
           "operations", "downloads", "catalogue", "encoders", "weights")
 # a promise to the outside, or the one place that has to: each with its reason
