@@ -252,7 +252,7 @@ def test_train_says_what_it_did(trained):
     assert record["command"].startswith("finessl train --data ")
     assert record["algorithm"]["name"] == "FineSSL"
     assert record["n_prompts"] == 2
-    assert {p.name for p in run.iterdir()} - {".lock"} == {"record.json", "model.safetensors"}
+    assert {p.name for p in run.iterdir()} - {".lock", ".finessl-run"} == {"record.json", "model.safetensors"}
 
 
 def test_a_finished_folder_is_refused(refused, trained, folder):

@@ -11,8 +11,9 @@ import contextlib, errno, json, os, re, secrets, stat, tempfile
 from pathlib import Path
 from filelock import lock_descriptor, unlock_descriptor
 import finessl
-from .atomic import (BINARY, DISK_FULL_ERRNOS, NO_WAIT, UNSUPPORTED_ERRNOS, WINDOWS, Directory, append_record,
-                                   encode_json, errors_name, fill, read_records, replace_file, say_once, write_all)
+from .atomic import (BINARY, DISK_FULL_ERRNOS, NO_WAIT, UNSUPPORTED_ERRNOS, WINDOWS, Directory,
+                                   append_record, encode_json, errors_name, fill, read_records, replace_file,
+                                   say_once, write_all)
 from .errors import TrainingError, UsageError
 
 # %% ../../nbs/engine/storage.ipynb #41766891
