@@ -32,7 +32,7 @@ from .engine.progress import GracefulStop, ProgressBar, Timer, stop_on_signal
 from .engine.recovery import EVAL_ADVICE, explained, memory_advice, step_advice
 from .engine.runs import TrainedRun, load_run, run_folder, save_run
 from .engine.schedule import SHORT_SCHEDULE, Schedule, cosine_lr, pace_is_due
-from .engine.settings import build_settings
+from .engine.settings import build_settings, run_info
 from .peft import build_model, default_n_prompts, init_prompts_from_tokens, weights_sha256
 from .views import Views, default_views
 
@@ -147,7 +147,9 @@ def prepare(
     recorded = build_settings(dataset, encoder, algorithm, settings.views, settings.schedule,
                               **{name: getattr(settings, name) for name in RECORDED})
     group.assert_same(recorded, "settings")
-    return Setup(dataset, encoder, algorithm, settings, runtime, group, recorded)
+    setup = Setup(dataset, encoder, algorithm, settings, runtime, group, recorded)
+    run_info(setup)                                            # what cannot be written down is refused now
+    return setup
 
 # %% ../nbs/13_training.ipynb #9ac8f74a
 def build_optimizer(model, schedule: Schedule, momentum: float, weight_decay: float) -> torch.optim.SGD:
@@ -196,7 +198,7 @@ def train_step(
 def run_evaluation(setup: Setup, state: TrainState, timer: Timer):
     "Add an evaluation to the log; its seconds are counted apart."
     s, group, lr = setup.settings, setup.group, state.optimizer.param_groups[0]["lr"]
-    state.guard.check()
+    state.check_finite()
     timer.lap("seconds")
     with memory_advice(EVAL_ADVICE, s.batch):
         scores, state.test_logits = evaluate(state.model.eval(), setup.dataset, s.views.eval_view, group.device,
@@ -258,11 +260,9 @@ def save_progress(setup: Setup, state: TrainState, held, timer: Timer): # held: 
 # %% ../nbs/13_training.ipynb #49848e89
 def finish(setup: Setup, state: TrainState) -> TrainedRun:
     "The trained model with its record."
-    r, group, split = setup.runtime, setup.group, setup.dataset.split
+    group = setup.group
     record = setup.recorded | finalize_log(state.log, setup.dataset, state.test_logits) | environment(group.device)
-    record |= {"compile": r.compile, "processes": group.world_size, "accumulate": r.accumulate,
-               "checkpoint": getattr(setup.encoder, "checkpoint", None), "command": r.command,
-               "split": None if split is None else {k: getattr(split, k) for k in ("seed", "n_per_class", "hash")}}
+    record |= run_info(setup) | {"weights_sha256": weights_sha256(state.model)}
     return TrainedRun(state.model.eval(), record, setup.settings.views.eval_view, group.device)
 
 # %% ../nbs/13_training.ipynb #f5ce4b30

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 from .options import path_type, resolve_device
 from ..engine.downloads import require_files
 from ..engine.errors import UsageError
-from ..engine.storage import check_target, refuse_inputs, write_atomic
+from ..engine.storage import RUN_FILES, check_target, refuse_inputs, write_atomic
 
 # %% ../../nbs/cli/predict.ipynb #86dfb7c4
 PREDICT = """Classify images with a trained run: a CSV line per image with file, class, confidence,
@@ -58,20 +58,18 @@ def image_files(paths) -> list[Path]:
     return files
 
 # %% ../../nbs/cli/predict.ipynb #13b2b3ea
-def read_images(files, size: int, skip: bool = False): # -> uint8 (N, 3, size, size), the files that were read
-    "Decode image files; one that cannot be read is an error, or left out."
+def read_images(files, size: int): # -> uint8 (N, 3, size, size), the files that were read, errors of the others
+    "Decode image files; one that cannot be read takes none of the others with it."
     import torch
     from finessl.engine.errors import DataError
     from finessl.engine.images import ImageFiles, read_image
-    try: return ImageFiles(files, size)[:], list(files)
-    except DataError:
-        if not skip: raise
-    images, read = [], []
+    try: return ImageFiles(files, size)[:], list(files), []
+    except DataError: images, read, errors = [], [], []
     for file in files:
         try: images.append(read_image(file, size))
-        except DataError: continue
-        read.append(file)
-    return torch.stack(images) if images else torch.zeros(0, 3, size, size, dtype=torch.uint8), read
+        except DataError as e: errors.append(e)
+        else: read.append(file)
+    return torch.stack(images) if images else torch.zeros(0, 3, size, size, dtype=torch.uint8), read, errors
 
 TABLE = "file,class,confidence" # how a table begins
 
@@ -99,8 +97,8 @@ def check_run_encoder(args):
 def check_table(args, files): # files: to be classified
     "Refuse an `--out` that this very command reads."
     record = json.loads((args.folder / "record.json").read_text(encoding="utf-8"))
-    of_run = (args.folder / "record.json", args.folder / "model.safetensors", args.checkpoint, record.get("checkpoint"))
-    refuse_inputs(args.out, [*files, *of_run])
+    encoder = args.checkpoint or record.get("checkpoint")      # False: its weights are random
+    refuse_inputs(args.out, [*files, *(args.folder / name for name in RUN_FILES), encoder])
 
 def save_table(args, files, p, classes): # files: N paths; p: (N, C) probabilities
     "Write the table to `--out`, or print it; what cannot be encoded there is written as an escape."
@@ -125,12 +123,12 @@ def predict_command(args):
     from finessl.engine.runs import load_run
     run, files = load_run(args.folder, args.checkpoint, resolve_device(args.device)), image_files(args.images)
     if args.out: check_table(args, files)
-    parts, read = [], []
+    parts, read, errors = [], [], []
     for i in range(0, len(files), 256):
-        x, some = read_images(files[i:i + 256], run.record["read_size"], args.skip_unreadable)
-        read += some
+        x, some, broken = read_images(files[i:i + 256], run.record["read_size"])
+        read, errors = read + some, errors + broken
         if some: parts.append(run.predict(x))
+    if read: save_table(args, read, torch.cat(parts), run.classes)
+    if errors and not args.skip_unreadable: raise errors[0]    # when what could be read is written
     if not read: raise UsageError(f"none of the {len(files)} files can be read")
-    if len(read) < len(files):
-        print(f"finessl: left out as unreadable: {len(files) - len(read)} of {len(files)} files", file=sys.stderr)
-    save_table(args, read, torch.cat(parts), run.classes)
+    if errors: print(f"finessl: left out as unreadable: {len(errors)} of {len(files)} files", file=sys.stderr)

@@ -39,6 +39,10 @@ class TrainState:
     step: int = 0 # steps that are done
     test_logits: Tensor|None = None # (N_test, C) of the last evaluation; not in a checkpoint
 
+    def check_finite(self):
+        "Raise NonFiniteLoss where a loss was not finite, or a weight is not: a step's loss says nothing of its update."
+        self.guard.check([p for p in self.model.parameters() if p.requires_grad])
+
 # %% ../../nbs/engine/checkpoint.ipynb #e4357d23
 CHECKPOINT, DIGEST = "checkpoint.pt", 32 # name of the file; bytes of the SHA-256 that it begins with
 PREVIOUS = f"previous-{CHECKPOINT}"
@@ -50,7 +54,7 @@ def save_checkpoint(
     runtime: dict # see runtime_info
 ):
     "Write everything that the next step needs, atomically; the checkpoint before it is kept beside it."
-    state.guard.check()
+    state.check_finite()
     content = {"format": FORMAT, "step": state.step, "settings": json.dumps(settings, sort_keys=True),
                "log": json.dumps(state.log), "runtime": json.dumps(runtime), "meter": state.meter.sums,
                "model": trainable_state_dict(state.model), "optimizer": state.optimizer.state_dict(),

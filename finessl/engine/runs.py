@@ -12,12 +12,12 @@ from torch import Tensor
 from ..backbone import load_backbone
 from .checkpoint import CHECKPOINT, PREVIOUS
 from .diff import diff_settings, summarize_diff
-from .errors import TrainingError
+from .errors import NonFiniteLoss, TrainingError
 from .evaluation import predict_logits
 from .images import ImageFiles
 from .precision import default_device
 from .storage import RUN_FILES, LockedFolder, encode_json, lock_folder, refuse_inputs
-from ..peft import TwoHeadModel, build_model, trainable_state_dict
+from ..peft import TwoHeadModel, build_model, trainable_state_dict, weights_sha256
 from ..views import View
 
 # %% ../../nbs/engine/runs.ipynb #d19fe48a
@@ -45,7 +45,10 @@ def write_run(run: TrainedRun, held: LockedFolder):
     "Write a run's model and record; never one run's record beside another's weights."
     from safetensors.torch import save
     trained = {k: v.detach().cpu().contiguous() for k, v in trainable_state_dict(run.model).items()}
-    weights, record = save(trained), encode_json(run.record)   # before what was there goes
+    if bad := [name for name, v in trained.items() if not v.isfinite().all()]:
+        raise NonFiniteLoss(f"weights that are not finite ({bad[0]}) are not written")
+    weights = save(trained)                                    # all of it before what was there goes
+    record = encode_json(run.record | {"weights_sha256": weights_sha256(run.model)})
     held.remove("record.json")
     held.write("model.safetensors", weights)
     held.write("record.json", record)
@@ -77,24 +80,32 @@ def load_trainable(path: Path, model: TwoHeadModel) -> dict: # name -> tensor
     shapes = lambda tensors: {k: list(v.shape) for k, v in tensors.items()}
     if differ := diff_settings(shapes(trained), shapes(trainable_state_dict(model))):
         raise ValueError(f"{path} does not fit the record beside it ({summarize_diff(differ)})")
+    if bad := [name for name, v in trained.items() if not v.isfinite().all()]:
+        raise ValueError(f"{path} holds weights that are not finite ({bad[0]})")
     return trained
 
 # %% ../../nbs/engine/runs.ipynb #5d3e90b7
 def load_run(
     folder, # of a finished run
     checkpoint=None, # weights file of the encoder, where the record's is elsewhere now
-    device=None
+    device=None,
+    backbone=None # the encoder of the run, where no name stands for it
 ) -> TrainedRun:
     "Load a finished run: its record and its model."
     folder, device = Path(folder), device or default_device()
     record = read_record(folder)
-    encoder = load_backbone(record["backbone"], checkpoint or record.get("checkpoint"), record["image_size"])
+    encoder = backbone
+    if encoder is None:
+        encoder = load_backbone(record["backbone"], checkpoint or record.get("checkpoint"), record["image_size"])
     if encoder.hash != record["backbone_hash"]:
         raise ValueError(f"{record['backbone']} has other weights here (hash {encoder.hash}) than in {folder} "
                          f"({record['backbone_hash']}): name the file "
                          "that the run was trained with as checkpoint (--checkpoint FILE)")
     model = build_model(encoder, len(record["classes"]), record["peft"], record["n_prompts"])
     model.load_state_dict(load_trainable(folder / "model.safetensors", model), strict=False)
+    if "weights_sha256" in record and weights_sha256(model) != record["weights_sha256"]: # 0.1 wrote none
+        raise ValueError(f"{folder / 'model.safetensors'} is not the model of the record beside it: another run's, or "
+                         "damaged (its SHA-256 does not fit)")
     eval_view = View(record["image_size"], tuple(record["mean"]), tuple(record["std"]))
     return TrainedRun(model.to(device).eval(), record, eval_view, device)
 
