@@ -33,7 +33,7 @@ from .engine.progress import GracefulStop, ProgressBar, Timer, stop_on_signal
 from .engine.recovery import EVAL_ADVICE, explained, memory_advice, step_advice
 from .engine.runs import TrainedRun, load_run, run_folder, save_run
 from .engine.schedule import SHORT_SCHEDULE, Schedule, cosine_lr, pace_is_due
-from .engine.settings import build_settings
+from .engine.settings import build_settings, run_info
 from .peft import build_model, default_n_prompts, init_prompts_from_tokens, weights_sha256
 from .views import Views, default_views
 
@@ -148,7 +148,9 @@ def prepare(
     recorded = build_settings(dataset, encoder, algorithm, settings.views, settings.schedule,
                               **{name: getattr(settings, name) for name in RECORDED})
     group.assert_same(recorded, "settings")
-    return Setup(dataset, encoder, algorithm, settings, runtime, group, recorded)
+    setup = Setup(dataset, encoder, algorithm, settings, runtime, group, recorded)
+    run_info(setup)                                            # what cannot be written down is refused now
+    return setup
 
 # %% ../nbs/13_training.ipynb #9ac8f74a
 def build_optimizer(model, schedule: Schedule, momentum: float, weight_decay: float) -> torch.optim.SGD:
@@ -197,7 +199,7 @@ def train_step(
 def run_evaluation(setup: Setup, state: TrainState, timer: Timer):
     "Add an evaluation to the log; its seconds are counted apart."
     s, group, lr = setup.settings, setup.group, state.optimizer.param_groups[0]["lr"]
-    state.guard.check()
+    state.check_finite()
     timer.lap("seconds")
     with memory_advice(EVAL_ADVICE, s.batch):
         scores, state.test_logits = evaluate(state.model.eval(), setup.dataset, s.views.eval_view, group.device,
@@ -216,7 +218,7 @@ def batches(setup: Setup, start: int): # iterator over dicts, from `start` on
     return prefetch(make, range(start, s.schedule.steps), setup.runtime.prefetch_depth, group.device)
 
 # %% ../nbs/13_training.ipynb #caa36d01
-def train(setup: Setup, state: TrainState, folder: Path|None = None, stop: GracefulStop|None = None) -> None:
+def train(setup: Setup, state: TrainState, save=None, stop: GracefulStop|None = None): # save(timer): write a checkpoint
     "Take the steps that are left: step; evaluate, save and stop where it is due."
     s, r, group, algorithm = setup.settings, setup.runtime, setup.group, setup.algorithm
     schedule = s.schedule
@@ -237,11 +239,10 @@ def train(setup: Setup, state: TrainState, folder: Path|None = None, stop: Grace
                 run_evaluation(setup, state, timer)
                 bar.evaluated(state)
             bar.advance(state)
-            if folder is not None and not last and (end or r.checkpoint_every and state.step % r.checkpoint_every == 0):
-                save_progress(setup, state, folder, timer)
+            if save and not last and (end or r.checkpoint_every and state.step % r.checkpoint_every == 0): save(timer)
             if end and not (last and stop is not None):
                 group.barrier()
-                kept = ", checkpoint written" if folder is not None else ""
+                kept = ", checkpoint written" if save else ""
                 raise KeyboardInterrupt(f"stopped after step {state.step} of {schedule.steps}{kept}")
 
 # %% ../nbs/13_training.ipynb #9eba108e
@@ -251,20 +252,18 @@ def runtime_of(setup: Setup) -> dict:
            "compile": setup.runtime.compile}
     return runtime_info(setup.group.device) | how
 
-def save_progress(setup: Setup, state: TrainState, folder: Path, timer: Timer):
+def save_progress(setup: Setup, state: TrainState, held, timer: Timer): # held: None in a process that writes nothing
     "A checkpoint; only the first process writes."
     timer.lap("seconds")
     state.log["unreadable"] = setup.group.gather_union(unreadable_files(setup.dataset))
-    if setup.group.is_main: save_checkpoint(folder, state, setup.recorded, runtime_of(setup))
+    if setup.group.is_main: save_checkpoint(held, state, setup.recorded, runtime_of(setup))
 
 # %% ../nbs/13_training.ipynb #49848e89
 def finish(setup: Setup, state: TrainState) -> TrainedRun:
     "The trained model with its record."
-    r, group, split = setup.runtime, setup.group, setup.dataset.split
+    group = setup.group
     record = setup.recorded | finalize_log(state.log, setup.dataset, state.test_logits) | environment(group.device)
-    record |= {"compile": r.compile, "processes": group.world_size, "accumulate": r.accumulate,
-               "checkpoint": getattr(setup.encoder, "checkpoint", None), "command": r.command,
-               "split": None if split is None else {k: getattr(split, k) for k in ("seed", "n_per_class", "hash")}}
+    record |= run_info(setup) | {"weights_sha256": weights_sha256(state.model)}
     return TrainedRun(state.model.eval(), record, setup.settings.views.eval_view, group.device)
 
 # %% ../nbs/13_training.ipynb #f5ce4b30
@@ -276,7 +275,7 @@ def fit(
     runtime: Runtime|None = None, # how it is computed; also as keywords: fit(…, accumulate=2)
     out=None, # folder for record, model and checkpoints; None: nothing is written
     resume: bool = False, # go on from the checkpoint in `out`
-    overwrite: bool = False, # write into an `out` that holds a finished run
+    overwrite: bool = False, # write into an `out` that holds another run, or files of somebody else
     **keywords # fields of Settings, Runtime and Schedule
 ) -> TrainedRun:
     "Train prompts and heads on a frozen encoder with any algorithm; the paper's constants are the defaults."
@@ -285,16 +284,16 @@ def fit(
     with fail_together(group):
         setup = prepare(dataset, backbone, algorithm, settings, runtime, group, folder if resume else None)
         state = build_state(setup)
-        with run_folder(folder if group.is_main else None, overwrite), stop_on_signal(None, group) as stop:
+        mine, reads = folder if group.is_main else None, [getattr(setup.encoder, "checkpoint", None)]
+        with run_folder(mine, overwrite, resume, runtime.command, reads) as held, stop_on_signal(None, group) as stop:
             def work():
-                if resume and folder is not None: resume_from(folder, state, setup.recorded, runtime_of(setup), group)
-                train(setup, state, folder, stop)
+                if resume and folder: resume_from(held, state, setup.recorded, runtime_of(setup), group)
+                train(setup, state, folder and functools.partial(save_progress, setup, state, held), stop)
                 run = finish(setup, state)
-                if folder is not None and group.is_main: save_run(run, folder)
+                if held is not None: save_run(run, held)
                 return run
             run = explained(work, folder)
             group.barrier()
         if stop.requested:
-            kept = "" if folder is None else ", record and model written"
-            raise KeyboardInterrupt(f"stopped after the last step{kept}")
+            raise KeyboardInterrupt("stopped after the last step" + ", record and model written" * (folder is not None))
     return run

@@ -16,7 +16,7 @@ from finessl.pseudo_labels import FixMatch, SupervisedOnly
 from finessl.engine.schedule import Schedule
 from finessl.engine.errors import TrainingError
 from finessl.training import fit
-from finessl.engine.storage import lock_folder
+from finessl.engine.storage import MARKER, lock_folder
 from finessl.engine.runs import load_run
 
 root = Path(__file__).resolve().parent.parent
@@ -85,7 +85,7 @@ def test_stopped_once_and_killed_three_times_ends_as_an_unbroken_run(tmp_path, u
     same_record(record, unbroken[1])
     steps = [r["step"] for r in record["resumes"]]
     assert len(steps) == 4 and 0 < steps[0] < steps[1] < steps[2] < steps[3] < 150
-    assert {f.name for f in (tmp_path / "run").iterdir()} == {"model.safetensors", "record.json"}
+    assert {f.name for f in (tmp_path / "run").iterdir()} == {MARKER, "model.safetensors", "record.json"}
 
 
 @posix
@@ -315,11 +315,12 @@ def test_another_encoder_is_not_taken_for_the_runs(tmp_path):
     with pytest.raises(ValueError, match="other weights"): load_run(tmp_path / "run")
 
 
-def test_a_killed_write_leaves_nothing_behind(encoder, tmp_path):
+def test_a_hidden_file_of_somebody_else_stays(encoder, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run/.checkpoint.pt.99999.tmp").write_bytes(b"half")
     run(encoder, out=tmp_path / "run")
-    assert {f.name for f in (tmp_path / "run").iterdir()} == {"model.safetensors", "record.json"}
+    assert {f.name for f in (tmp_path / "run").iterdir()} == {MARKER, ".checkpoint.pt.99999.tmp", "model.safetensors",
+                                                              "record.json"}
 
 
 @pytest.mark.parametrize("changes, says",

@@ -15,6 +15,7 @@ from .options import env_rank, make_algorithm, path_type, peft_type, ranged_type
 from ..engine.downloads import ARCHIVES
 from ..engine.errors import UsageError
 from ..engine.peft_names import SIZES
+from ..engine.storage import RUN_FILES, read_marker
 from ..studies.presets import presets
 
 # %% ../../nbs/cli/train.ipynb #b9bc70a3
@@ -195,9 +196,13 @@ def check_data(args):
 def check_run_folder(args):
     "Refuse a folder that holds another run, finished or not."
     check_out(args.out)
-    if (args.out / "record.json").exists():
+    there = [name for name in RUN_FILES if os.path.lexists(args.out / name)] # `run_folder` looks again, under the lock
+    if there and read_marker(args.out) is None:
+        raise UsageError(f"--out {args.out} holds {there[0]}, which this version of finessl did not make; "
+                         "name another folder")
+    if "record.json" in there:
         raise UsageError(f"--out {args.out} holds a finished run; name another folder, or remove it")
-    if not args.resume and any(args.out.glob("*checkpoint.pt")):
+    if there and not args.resume:
         raise UsageError(f"--out {args.out} holds an unfinished run; "
                          "go on with --resume, name another folder, or remove it")
 

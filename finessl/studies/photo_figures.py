@@ -12,6 +12,7 @@ import pandas as pd
 import torch
 from ..bias import PseudoLabelQuality
 from ..engine.old_records import read_runs
+from ..engine.storage import write_atomic
 from ..engine.schedule import PAPER_SCHEDULE
 from ..lab import colour
 from .photos import LONGER, SEEDS, STARTS, methods
@@ -95,7 +96,7 @@ def write_figures(records: Path, folder: Path) -> int: # exit code
             ("whole", (8, 3), lambda fig: plot_whole(whole, fig.subplots(1, 2)), whole)):
         fig = plt.figure(figsize=size, layout="constrained")
         draw(fig)
-        fig.savefig(folder / f"{name}.png", dpi=150)
-        data.round(3).to_csv(folder / f"{name}.csv", index=False)
+        write_atomic(folder / f"{name}.png", lambda tmp, fig=fig: fig.savefig(tmp, format="png", dpi=150))
+        write_atomic(folder / f"{name}.csv", data.round(3).to_csv(index=False))
         plt.close(fig)
     return 0
