@@ -72,3 +72,20 @@ def test_what_the_readme_says_of_photographs_is_what_the_records_say():
     last = last.pivot(index="seed", columns="row", values="accuracy")
     p = str(paired_t_interval(*last[["FineSSL, 15000 steps", "FixMatch, 15000 steps"]].to_numpy().T)).replace("+", "")
     assert len(last) == 3 and f"by {p} points" in text, p
+
+
+def test_a_finished_run_of_an_earlier_version_loads_in_todays_names(tmp_path):
+    from finessl.data import digits
+    from finessl.engine.runs import load_run, read_record
+    from finessl.pseudo_labels import SupervisedOnly
+    from finessl.training import fit
+    ds = digits(1, 0)
+    ds = ds._replace(x_test=ds.x_test[:20], y_test=ds.y_test[:20])
+    few = dict(steps=2, batch=4, n_prompts=1, evals=1, progress=False)
+    run = fit(ds, "pocket", SupervisedOnly(), out=tmp_path / "run", **few)
+    path = tmp_path / "run/record.json"
+    today = json.loads(path.read_text(encoding="utf-8"))
+    old = path.read_text(encoding="utf-8").replace("mask_ratio", "util").replace("reset_pace_every", "clear_every")
+    path.write_text(old.replace("SupervisedOnly", "LabelledOnly"), encoding="utf-8")
+    assert "mask_ratio" not in path.read_text(encoding="utf-8") and read_record(tmp_path / "run") == today
+    assert (load_run(tmp_path / "run").predict(ds.x_test) == run.predict(ds.x_test)).all()

@@ -15,6 +15,7 @@ from .diff import diff_settings, summarize_diff
 from .errors import NonFiniteLoss, TrainingError
 from .evaluation import predict_logits
 from .images import ImageFiles
+from .old_records import upgrade_record
 from .precision import default_device
 from .storage import RUN_FILES, LockedFolder, encode_json, lock_folder, refuse_inputs
 from ..peft import TwoHeadModel, build_model, trainable_state_dict, weights_sha256
@@ -58,16 +59,16 @@ REQUIRED_KEYS = {"backbone": str, "backbone_hash": str, "image_size": int, "read
                  "mean": list, "std": list, "classes": list, "peft": str, "n_prompts": int}
 
 def read_record(folder) -> dict:
-    "The record of a finished run."
+    "The record of a finished run, in today's names whatever version wrote it."
     path = Path(folder) / "record.json"
     if not path.exists(): raise FileNotFoundError(f"{folder} holds no finished run: record.json is missing")
     try: record = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as e: raise ValueError(f"{path} is torn, or no record of a run: {e}") from None
-    if lacks := [k for k,
-                 kind in REQUIRED_KEYS.items() if not isinstance(record, dict) or not isinstance(record.get(k), kind)]:
+    known = record if isinstance(record, dict) else {}
+    if lacks := [k for k, kind in REQUIRED_KEYS.items() if not isinstance(known.get(k), kind)]:
         verb = "is" if len(lacks) == 1 else "are"
         raise ValueError(f"{path} is no record of a run: {', '.join(lacks)} {verb} missing or wrong")
-    return record
+    return upgrade_record(record)
 
 def load_trainable(path: Path, model: TwoHeadModel) -> dict: # name -> tensor
     "What was trained, from a file that has to fit the model."
