@@ -75,6 +75,7 @@ def test_what_the_readme_says_of_photographs_is_what_the_records_say():
 
 
 def test_a_finished_run_of_an_earlier_version_loads_in_todays_names(tmp_path):
+    import json
     from finessl.data import digits
     from finessl.engine.runs import load_run, read_record
     from finessl.pseudo_labels import SupervisedOnly
