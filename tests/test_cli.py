@@ -319,9 +319,10 @@ def test_predict_names_what_it_cannot_read(refused, finessl, trained, folder, tm
     damaged(folder, tmp_path, lambda d: cut(d / "test/one/7.png"))
     said = refused("predict", "--run", run, "data/test", "--out", "p.csv").replace("\\", "/")
     assert "test/one/7.png" in said and "leave such files out with --skip-unreadable" in said
-    table = (tmp_path / "p.csv").read_text()                      # of the others
+    table = (tmp_path / "p.csv").read_text() # of the others
     code, out, err = finessl("predict", "--run", run, "data/test", "--skip-unreadable")
-    assert code == 0 and out == table and len(rows(out)) == 12 and err == "finessl: left out as unreadable: 1 of 12 files\n"
+    assert code == 0 and out == table and len(rows(out)) == 12
+    assert err == "finessl: left out as unreadable: 1 of 12 files\n"
     (tmp_path / "nothing").mkdir()
     assert "nothing holds no image files" in refused("predict", "--run", run, "nothing")
     assert "nowhere.png: path does not exist" in refused("predict", "--run", run, "nowhere.png")
