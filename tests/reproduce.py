@@ -32,10 +32,18 @@ def results(record): # what a run measured, clocks apart
     return one
 
 
+def differences(old, new, at=""): # names of what differs, with both values where they are numbers
+    if isinstance(old, dict) and isinstance(new, dict):
+        return [d for k in sorted({*old, *new}) for d in differences(old.get(k), new.get(k), f"{at}.{k}" if at else k)]
+    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        return [d for i, pair in enumerate(zip(old, new)) for d in differences(*pair, f"{at}[{i}]")]
+    return [] if old == new else [f"{at} {old} -> {new}"]
+
+
 def compare(study, name, old, new):
-    same = results(old) == results(upgrade_record(new))
-    print(f"{study}: {', '.join(map(str, name))}: {'equal' if same else 'DIFFERS'}", flush=True)
-    return same
+    found = differences(results(old), results(upgrade_record(new)))
+    print(f"{study}: {', '.join(map(str, name))}: {'; '.join(found[:3]) if found else 'equal'}", flush=True)
+    return not found
 
 
 def of_comparison():
