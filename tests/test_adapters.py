@@ -44,12 +44,12 @@ def test_lora_equals_the_library_peft():
     "The library adds to the whole matrix of query, key and value: rank 2r, with a block for each of query and value."
     peft, timm = pytest.importorskip("peft"), pytest.importorskip("timm")
     torch.manual_seed(0)
-    vit = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, depth=3, num_classes=0).eval()
+    tiny = dict(img_size=32, patch_size=8, depth=3, num_classes=0)
+    vit = timm.create_model("vit_tiny_patch16_224", **tiny).eval()
     ours = stir(make(Encoder(vit, "timm"), "lora:2"))
     x, D, r = images(ours.encoder), vit.embed_dim, 2
     config = peft.LoraConfig(r=2 * r, lora_alpha=2 * r, target_modules=["qkv"], lora_dropout=0.)
-    theirs = peft.get_peft_model(timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, depth=3,
-                                                   num_classes=0), config).eval()
+    theirs = peft.get_peft_model(timm.create_model("vit_tiny_patch16_224", **tiny), config).eval()
     state = theirs.state_dict()
     for k, v in vit.state_dict().items():
         name = f"base_model.model.{k.replace('.qkv.', '.qkv.base_layer.')}"

@@ -240,8 +240,8 @@ def test_debug_shows_the_traceback(finessl, monkeypatch):
 def test_the_unexpected_is_one_line_too(refused, monkeypatch):
     def broken(args): raise RuntimeError("first\nsecond")
     monkeypatch.setattr(cli_train, "load_dataset", broken)
-    assert "RuntimeError: first second (FINESSL_DEBUG=1" in refused("train", "--data", "digits", "--per-class", "1",
-                                                                    "--out", "run", code=1)
+    said = refused("train", "--data", "digits", "--per-class", "1", "--out", "run", code=1)
+    assert "RuntimeError: first second (FINESSL_DEBUG=1" in said
 
 
 # ---------------------------------------------------------------- runs
@@ -265,9 +265,8 @@ def test_a_finished_folder_is_refused(refused, trained, folder):
 
 
 def test_quiet(finessl, folder):
-    assert finessl("train", "--data", folder, *TINY, "--algorithm", "labelled-only", "--out", "run", "--quiet") == (0,
-                                                                                                                    "",
-                                                                                                                    "")
+    done = finessl("train", "--data", folder, *TINY, "--algorithm", "labelled-only", "--out", "run", "--quiet")
+    assert done == (0, "", "")
 
 
 def test_a_loss_that_is_not_finite(refused, tmp_path):
@@ -275,8 +274,8 @@ def test_a_loss_that_is_not_finite(refused, tmp_path):
     assert "not finite at step 1" in refused(*argv, code=1)
     assert (tmp_path / "run/checkpoint.pt").exists() and not (tmp_path / "run/record.json").exists()
     assert "--resume" in refused(*argv)
-    assert "; no checkpoint was written" in refused(*argv[:-4], "--out", "other",
-                                                    code=1) and not (tmp_path / "other").exists()
+    assert "; no checkpoint was written" in refused(*argv[:-4], "--out", "other", code=1)
+    assert not (tmp_path / "other").exists()
 
 
 def test_seeds_are_separate(finessl, tmp_path):
@@ -285,8 +284,8 @@ def test_seeds_are_separate(finessl, tmp_path):
                        *argv)[0] == 0
         return json.loads((tmp_path / name / "record.json").read_text())
     a, b = run("a", "--seed", "3"), run("b", "--seed", "3", "--split-seed", "4", "--init-seed", "5")
-    assert (a["seed"], a["dataset"]["seed"], a["init_seed"]) == (3, 3, 3) and (b["seed"], b["dataset"]["seed"],
-                                                                               b["init_seed"]) == (3, 4, 5)
+    assert (a["seed"], a["dataset"]["seed"], a["init_seed"]) == (3, 3, 3)
+    assert (b["seed"], b["dataset"]["seed"], b["init_seed"]) == (3, 4, 5)
 
 
 # ---------------------------------------------------------------- predict
@@ -309,8 +308,8 @@ def test_predict_is_run_predict(finessl, trained, folder, tmp_path):
     right = [line[1] == Path(line[0]).parent.name for line in lines[:12]]
     record = json.loads((run / "record.json").read_text())
     assert sum(right) / 12 == pytest.approx(record["evaluations"][-1]["accuracy"], abs=1e-6)
-    assert finessl("predict", "--run", run, folder / "test", folder / "unlabelled/0.png", "--out", "p.csv") == (0, "",
-                                                                                                                "")
+    done = finessl("predict", "--run", run, folder / "test", folder / "unlabelled/0.png", "--out", "p.csv")
+    assert done == (0, "", "")
     assert (tmp_path / "p.csv").read_text() == out
 
 
@@ -397,8 +396,8 @@ def test_demo(finessl, tmp_path):
     for name in ("labelled-only", "fixmatch", "finessl"):
         record = json.loads((where / name / "record.json").read_text())
         assert record["backbone_hash"] == load_backbone("pocket").hash
-        assert record["evaluations"][-1]["accuracy"] == next(r["accuracy"] for k,
-                                                             r in table.items() if k.lower() == name)
+        [row] = [r for k, r in table.items() if k.lower() == name]
+        assert record["evaluations"][-1]["accuracy"] == row["accuracy"]
     code, out, _ = finessl("predict", "--run", where / "finessl", where / "images")
     assert code == 0 and len(rows(out)) == 11
     assert finessl("demo", "--steps", "1", "--quiet") == (0, "", "")       # replaces the first

@@ -135,9 +135,8 @@ def small_disk(out, kib):
     libc, out = ctypes.CDLL(None, use_errno=True), str(out).encode()
     new_mounts, new_user, private = 0x20000, 0x10000000, 0x4000 | 1 << 18
     if libc.unshare(new_mounts) and libc.unshare(new_mounts | new_user): sys.exit(77)
-    if libc.mount(b"none", b"/", None, private, None) or libc.mount(b"tmpfs", out, b"tmpfs", 0,
-                                                                    f"size={kib}k".encode()):
-        sys.exit(77)
+    if libc.mount(b"none", b"/", None, private, None): sys.exit(77)
+    if libc.mount(b"tmpfs", out, b"tmpfs", 0, f"size={kib}k".encode()): sys.exit(77)
     # mount it again, with another size
     return lambda kib: libc.mount(b"tmpfs", out, b"tmpfs", 32, f"size={kib}k".encode())
 
@@ -156,8 +155,8 @@ def on_a_small_disk(out, text):
 
 TRAIN = (f"finessl train --data digits --per-class 1 --steps {STEPS} --batch 4 --prompts 2 --evals 1 "
          f"--checkpoint-every {EVERY} --quiet --out")
-MUCH = TRAIN.replace("--batch 4", "--batch 256").replace(f"--steps {STEPS}", "--steps 6").replace(f"every {EVERY}",
-                                                                                                  "every 2")
+MUCH = TRAIN.replace("--batch 4", "--batch 256").replace(f"--steps {STEPS}", "--steps 6")
+MUCH = MUCH.replace(f"every {EVERY}", "every 2")
 
 FAULTS = {   # name -> what is put into place, what is run, given the folder of the run
     "the first checkpoint half written": (lambda o: kill_in_write("checkpoint.pt"), go),
@@ -209,9 +208,8 @@ def child(out, f, *before):
             sys.stdout.flush(), sys.stderr.flush()
             os._exit(code)
     code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    return {"code": code,
-            "files": sorted(f.name for f in out.iterdir()) if out.is_dir() else None} | {t.name: t.read_text()
-                                                                                         for t in texts}
+    files = sorted(f.name for f in out.iterdir()) if out.is_dir() else None
+    return {"code": code, "files": files} | {t.name: t.read_text() for t in texts}
 
 
 def every_fault(where: Path) -> dict:
@@ -305,15 +303,14 @@ def test_killed_when_all_is_written(happened):
 @pytest.mark.parametrize("name, file, step, whole",
                          [("no space for a checkpoint", "checkpoint.pt", 4, "train"),
                           ("no space for the model", "model.safetensors", 8, "go"),
-                                                     ("no space for the record", "record.json", 8, "go")])
+                          ("no space for the record", "record.json", 8, "go")])
 def test_no_space_is_one_clear_error_and_keeps_the_last_checkpoint(happened, name, file, step, whole):
     f = happened[name]
     says = (f"no space left while writing {Path(f['out']) / file}; the checkpoint of step {step} is kept: "
             "go on with resume=True (--resume) once there is room\n")
     assert f["first"]["code"] == 1 and f["first"]["stderr"].partition(": ")[2].removeprefix("error: ") == says
-    assert "checkpoint.pt" in f["first"]["files"] and not {n
-                                                           for n in f["first"]["files"]
-                                                           if n in ("record.json", ".lock") or n.endswith(".tmp")}
+    left = f["first"]["files"]
+    assert "checkpoint.pt" in left and not {n for n in left if n in ("record.json", ".lock") or n.endswith(".tmp")}
     assert ends_as(happened, name, whole) == [step]
 
 
@@ -321,8 +318,8 @@ def test_no_space_is_one_clear_error_and_keeps_the_last_checkpoint(happened, nam
 def test_a_disk_that_is_full_and_then_grows(happened):
     f = happened["disk"]
     if f["first"]["code"] == 77: pytest.skip("no disk may be mounted here; the tests before this one need none")
-    assert json.loads(f["first"]["stdout"]) == [1, [MARKER, "checkpoint.pt", "previous-checkpoint.pt"],
-                                                0] and f["first"]["stderr"].count("\n") == 1
+    assert json.loads(f["first"]["stdout"]) == [1, [MARKER, "checkpoint.pt", "previous-checkpoint.pt"], 0]
+    assert f["first"]["stderr"].count("\n") == 1
     assert "no space left while writing" in f["first"]["stderr"]
     weights = lambda out: (Path(out) / "model.safetensors").read_bytes()
     assert weights(f["out"]) == weights(happened["train"]["out"])
@@ -402,8 +399,8 @@ def test_a_stopped_demo_goes_on_by_the_command_that_it_prints(happened, name):
         assert a[0] == b[0]
         assert a[1].pop("command").removesuffix(str(out)) == b[1].pop("command").removesuffix(str(whole))
         same_record(a[1], b[1])
-        assert [r["step"] for r in a[1]["resumes"]] == ([STOPS[name][1]] if method == name
-                                                        and "checkpoint" in STOPS[name][2] else [])
+        went_on = method == name and "checkpoint" in STOPS[name][2]
+        assert [r["step"] for r in a[1]["resumes"]] == ([STOPS[name][1]] if went_on else [])
     # another demo than the one there
     if name == "FineSSL": assert cli_main.main(shlex.split(f"demo --out {out} --steps 3 --resume")) == 1
 
@@ -546,8 +543,8 @@ def test_on_the_command_line(photos, tmp_path, monkeypatch, capsys):
     out, record = capsys.readouterr().out, json.loads((tmp_path / "run/record.json").read_text())
     assert record["dataset"]["unreadable"] == ["train/0/7.png"]
     assert record["unreadable"] == ["test/0/0.png", "train/1/6.png"] and record["resumes"][0]["step"] == 7
-    assert "left out as unreadable: 1" in out and ("left out as unreadable while training: 2 (test/0/0.png, …), named "
-                                                   "in record.json") in out
+    assert "left out as unreadable: 1" in out
+    assert "left out as unreadable while training: 2 (test/0/0.png, …), named in record.json" in out
     n = record["n_test"] - 1
     assert f"of {n} test images right" in out and record["evaluations"][-1]["accuracy"] in [k / n for k in range(n + 1)]
     assert cli_main.main(shlex.split("train --data digits --per-class 1 --out other --skip-unreadable")) == 2

@@ -319,8 +319,8 @@ def test_a_hidden_file_of_somebody_else_stays(encoder, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run/.checkpoint.pt.99999.tmp").write_bytes(b"half")
     run(encoder, out=tmp_path / "run")
-    assert {f.name for f in (tmp_path / "run").iterdir()} == {MARKER, ".checkpoint.pt.99999.tmp", "model.safetensors",
-                                                              "record.json"}
+    there = {f.name for f in (tmp_path / "run").iterdir()}
+    assert there == {MARKER, ".checkpoint.pt.99999.tmp", "model.safetensors", "record.json"}
 
 
 @pytest.mark.parametrize("changes, says",
