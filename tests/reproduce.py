@@ -37,13 +37,19 @@ def differences(old, new, at=""): # names of what differs, with both values wher
         return [d for k in sorted({*old, *new}) for d in differences(old.get(k), new.get(k), f"{at}.{k}" if at else k)]
     if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
         return [d for i, pair in enumerate(zip(old, new)) for d in differences(*pair, f"{at}[{i}]")]
-    return [] if old == new else [f"{at} {old} -> {new}"]
+    return [] if old == new else [(at, old, new)]
 
 
-def compare(study, name, old, new):
+def rounded(old, new): # may another processor's order of additions be the reason?
+    return isinstance(old, float) and isinstance(new, float) and abs(old - new) <= 2e-5 * max(1, abs(old))
+
+
+def compare(study, name, old, new): # 0: equal to the bit; 1: but for rounding; 2: not
     found = differences(results(old), results(upgrade_record(new)))
-    print(f"{study}: {', '.join(map(str, name))}: {'; '.join(found[:3]) if found else 'equal'}", flush=True)
-    return not found
+    grade = 0 if not found else 1 if all(rounded(a, b) for _, a, b in found) else 2
+    said = "; ".join(f"{at} {a} -> {b}" for at, a, b in found[:3])
+    print(f"{study}: {', '.join(map(str, name))}: {('equal', 'rounding', 'DIFFERS')[grade]} {said}".rstrip(), flush=True)
+    return grade
 
 
 def of_comparison():
@@ -76,12 +82,10 @@ if __name__ == "__main__":
     ap.add_argument("--whole", action="store_true", help="with --photos: one run on all of CIFAR-10 too")
     args = ap.parse_args()
     torch.set_num_threads(1)
-    many = [*of_references()] if not args.photos else []
-    found = [compare(*one) for one in many]
-    if not args.photos: found += [compare(*one) for one in of_comparison()]
-    else:
-        found += [compare(*one) for one in of_photos(*args.photos, PHOTOS)]
+    if args.photos:
+        found = [compare(*one) for one in of_photos(*args.photos, PHOTOS)]
         whole = [("labelled-only, 600 steps", "tokens", 4, 0)] if args.whole else []
         found += [compare(*one) for one in of_photos(*args.photos, whole, True)]
-    print(f"{sum(found)} of {len(found)} equal")
-    sys.exit(not all(found))
+    else: found = [compare(*one) for one in (*of_references(), *of_comparison())]
+    print(f"{found.count(0)} of {len(found)} equal to the bit, {found.count(1)} but for rounding, {found.count(2)} not")
+    sys.exit(2 in found)
