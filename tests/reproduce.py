@@ -48,7 +48,8 @@ def compare(study, name, old, new): # 0: equal to the bit; 1: but for rounding; 
     found = differences(results(old), results(upgrade_record(new)))
     grade = 0 if not found else 1 if all(rounded(a, b) for _, a, b in found) else 2
     said = "; ".join(f"{at} {a} -> {b}" for at, a, b in found[:3])
-    print(f"{study}: {', '.join(map(str, name))}: {('equal', 'rounding', 'DIFFERS')[grade]} {said}".rstrip(), flush=True)
+    kind = ('equal', 'rounding', 'DIFFERS')[grade]
+    print(f"{study}: {', '.join(map(str, name))}: {kind} {said}".rstrip(), flush=True)
     return grade
 
 
