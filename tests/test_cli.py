@@ -1,4 +1,5 @@
-"""The command line as its users meet it: start, help, errors, Ctrl-C, predictions."""
+"""The command line as its users meet it: start, help, errors, Ctrl-C, predictions.
+Killed and resumed: test_training, test_survive; presets and bench: test_presets, test_gpu; processes: test_devices."""
 import csv, dataclasses, functools, io, json, os, re, shutil, signal, subprocess, sys, time
 from pathlib import Path
 from types import SimpleNamespace

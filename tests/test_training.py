@@ -326,7 +326,7 @@ def test_a_hidden_file_of_somebody_else_stays(encoder, tmp_path):
 @pytest.mark.parametrize("changes, says",
                          [(dict(batch=0), "batch must be a whole number >= 1, got 0"),
                           (dict(batch="a"), "batch must be a whole number >= 1, got 'a'"), (dict(evals=0), "evals"),
-                          (dict(schedule=Schedule(0)), "steps"), (dict(mu=0), "mu"), (dict(peft="lora"), "peft"),
+                          (dict(schedule=Schedule(0)), "steps"), (dict(mu=0), "mu"), (dict(peft="lara"), "peft"),
                                            (dict(precision="fp8"), "precision"),
                           (dict(schedule=Schedule(5, decay="week")), "decay"), (dict(labelled="some"), "labelled"),
                           (dict(checkpoint_every=0), "checkpoint_every"),
@@ -353,7 +353,7 @@ def test_the_progress_bar_ends_with_what_the_record_says(encoder, capsys, algori
     line = capsys.readouterr().err.split("\r")[-1]
     assert "12/12" in line and dict(re.findall(r"(\w+)=([\d.%]+)", line)) == \
         {k: v for k,
-         v in {"loss": f"{last['loss']:.3f}", "kept": f"{last['util'] or 0:.0%}",
+         v in {"loss": f"{last['loss']:.3f}", "kept": f"{last['mask_ratio'] or 0:.0%}",
                "accuracy": f"{last['accuracy']:.1%}"}.items() if k in shows}
 
 

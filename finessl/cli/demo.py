@@ -38,8 +38,7 @@ def add_demo(commands, common):
     p.add_argument("--quiet", action="store_true", help="print nothing but errors")
 
 def references(dataset, n_per_class: int, seed: int, encoder) -> dict: # name -> {"accuracy", "seconds"}
-    ("What needs no training in steps: probes on pixels and on features, and zero-shot; their seconds include the "
-     "features.")
+    "What needs no training in steps: two probes and zero-shot; their seconds include the features."
     from finessl.lab import Lab, linear_probe, raw_probe, zero_shot
     start = time.perf_counter()
     lab = Lab(encoder, n_weak=1, n_strong=1)
@@ -121,8 +120,8 @@ def train_methods(args, dataset, encoder) -> dict: # name -> record
     from finessl.training import fit
     from finessl.engine.settings import build_settings
     from finessl.views import default_views
-    schedule, views, records = SCHEDULE._replace(steps=args.steps or SCHEDULE.steps), default_views(dataset,
-                                                                                                    encoder), {}
+    schedule = SCHEDULE._replace(steps=args.steps or SCHEDULE.steps)
+    views, records = default_views(dataset, encoder), {}
     how = dict(n_prompts=PROMPTS, schedule=schedule, batch=BATCH, seed=args.seed)
     said = dict(progress=progress_option(args), command=args.command_line)
     for name in METHODS:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
+from tqdm import tqdm
 from .diff import diff_settings, mismatch_error
 from .environment import environment
 from .errors import TornCheckpoint, TrainingError
