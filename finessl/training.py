@@ -33,7 +33,7 @@ from .engine.progress import GracefulStop, ProgressBar, Timer, stop_on_signal
 from .engine.recovery import EVAL_ADVICE, explained, memory_advice, step_advice
 from .engine.runs import TrainedRun, load_run, run_folder, save_run
 from .engine.schedule import SHORT_SCHEDULE, Schedule, cosine_lr, pace_is_due
-from .engine.settings import build_settings, run_info
+from .engine.settings import build_settings, python_numbers, run_info
 from .peft import build_model, default_n_prompts, init_prompts_from_tokens, weights_sha256
 from .views import Views, default_views
 
@@ -133,7 +133,7 @@ def prepare(
     resume=None # folder of a run to go on with
 ) -> Setup:
     "Refuse what cannot be, and choose what was left open."
-    group = group or ProcessGroup(runtime.device)
+    settings, runtime, group = python_numbers(settings), python_numbers(runtime), group or ProcessGroup(runtime.device)
     validate(dataset, algorithm, settings, runtime, group.world_size)
     encoder, device = load_backbone(backbone) if isinstance(backbone, str) else backbone, group.device
     begun, depth, n_prompts = lambda: saved_setting("precision", resume), runtime.prefetch_depth, settings.n_prompts

@@ -232,10 +232,11 @@ def test_a_log_gets_a_line_at_each_evaluation(encoder, capsys):
 
 
 def test_a_checkpoint_of_something_else_is_refused(encoder, tmp_path):
-    (tmp_path / "run").mkdir()
-    torch.save({"weights": torch.zeros(3)}, tmp_path / "run/checkpoint.pt")
-    with pytest.raises(TrainingError, match="not a checkpoint of finessl"):
-        run(encoder, out=tmp_path / "run", resume=True)
+    (tmp_path / "other").mkdir()
+    with lock_folder(tmp_path / "run") as held: held.mark(), held.write("checkpoint.pt", b"")
+    for name, says in (("run", "not a checkpoint of finessl"), ("other", "which this version of finessl did not make")):
+        torch.save({"weights": torch.zeros(3)}, tmp_path / name / "checkpoint.pt")
+        with pytest.raises(TrainingError, match=says): run(encoder, out=tmp_path / name, resume=True)
 
 
 def test_ctrl_c_in_the_last_step_ends_a_loop_over_runs_and_keeps_the_run(encoder, tmp_path, monkeypatch):

@@ -166,11 +166,10 @@ def test_an_own_encoder_is_given_back_by_hand(tmp_path):
 # ---------------------------------------------------------------- only what is finite
 
 @pytest.mark.parametrize("lr", [1e38, 3e38])
-@pytest.mark.parametrize("how", [dict(steps=1), dict(steps=4, checkpoint_every=1), dict(steps=1, peft="linear")])
-def test_an_update_that_makes_weights_infinite_is_no_success(tmp_path, lr, how):
-    with pytest.raises(NonFiniteLoss, match="not finite"): go(tmp_path / "run", lr=lr, **how)
-    assert not (tmp_path / "run/record.json").exists()
-    for name in ("checkpoint.pt", "model.safetensors"): assert not (tmp_path / "run" / name).exists()
+def test_an_update_that_makes_weights_infinite_is_no_success(tmp_path, lr):
+    with pytest.raises(NonFiniteLoss, match="not finite.*; no checkpoint was written"):
+        go(tmp_path / "run", lr=lr, steps=1)
+    assert not (tmp_path / "run").exists()
 
 
 def test_no_checkpoint_holds_infinite_weights(tmp_path):
