@@ -115,6 +115,7 @@ TRAIN = """Train prompts and a head on a frozen encoder, from a few labelled and
 examples:
   finessl train --data digits --per-class 1 --out runs/digits
   finessl train --data photos --per-class 4 --out runs/photos --backbone timm:vit_tiny_patch16_224 --prompt-init tokens
+  finessl train --data digits --per-class 1 --out runs/free --algorithm freematch --momentum-stats .9
   finessl train --data digits --per-class 1 --out runs/digits --resume     after Ctrl-C or a crash"""
 
 # %% ../../nbs/cli/train.ipynb #363ade62
