@@ -86,7 +86,7 @@ def test_a_finished_run_of_an_earlier_version_loads_in_todays_names(tmp_path):
     run = fit(ds, "pocket", SupervisedOnly(), out=tmp_path / "run", **few)
     path = tmp_path / "run/record.json"
     today = json.loads(path.read_text(encoding="utf-8"))
-    old = path.read_text(encoding="utf-8").replace("mask_ratio", "mask_ratio").replace("reset_pace_every", "clear_every")
+    old = path.read_text(encoding="utf-8").replace("mask_ratio", "util").replace("reset_pace_every", "clear_every")
     path.write_text(old.replace("SupervisedOnly", "LabelledOnly"), encoding="utf-8")
     assert "mask_ratio" not in path.read_text(encoding="utf-8") and read_record(tmp_path / "run") == today
     assert (load_run(tmp_path / "run").predict(ds.x_test) == run.predict(ds.x_test)).all()

@@ -10,7 +10,7 @@ from .storage import read_records
 
 # %% ../../nbs/engine/old_records.ipynb #rec00005
 # of version 0.1 -> today's
-RENAMED_KEYS = {"mask_ratio": "mask_ratio", "pool_mask_ratio": "pool_mask_ratio", "clear_every": "reset_pace_every",
+RENAMED_KEYS = {"util": "mask_ratio", "pool_util": "pool_mask_ratio", "clear_every": "reset_pace_every",
                 "clears": "resets_pace"}
 RENAMED_ALGORITHMS = {"LabelledOnly": "SupervisedOnly", "Rising": "GammaWarmup"}
 
