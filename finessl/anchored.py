@@ -81,22 +81,22 @@ class AnchoredFineSSL:
     zeta: float = .7 # ζ in [0, 1], pace threshold (FineSSL)
     alpha: float = 8. # α ≥ 0, margin scale (FineSSL)
     gamma: float = 3. # γ ≥ 0, weight of the unlabelled loss (FineSSL)
-    momentum: float = .5 # in [0, 1), of an image's logits between visits; 0 takes the memory away
+    memory: float = .5 # in [0, 1), of an image's logits between visits; 0 takes the memory away
     phi: float = .5 # φ in [0, 1], how far the classes' shares are moved towards even ones; 0 takes the balance away
     n_strong: int = 2 # strong views per image
     required_outputs = frozenset({"weak", "strong", "aux"})
     detach_aux = True
 
     def __post_init__(self):
-        for name in ("zeta", "phi", "momentum"): check_range(name, getattr(self, name), 0, 1)
-        if self.momentum == 1: raise ValueError("momentum must be below 1: at 1 nothing new is ever remembered")
+        for name in ("zeta", "phi", "memory"): check_range(name, getattr(self, name), 0, 1)
+        if self.memory == 1: raise ValueError("memory must be below 1: at 1 nothing new is ever remembered")
         for name in ("alpha", "gamma"): check_range(name, getattr(self, name))
         check_int("n_strong", self.n_strong, 1)
 
     def init(self, n_ulb: int, n_classes: int, device=None) -> dict:
         "An empty pace table and an empty memory."
         return {"pace": LearningPace(n_ulb, n_classes, self.zeta, device),
-                "memory": PoolMemory(n_ulb, n_classes, self.momentum, device)}
+                "memory": PoolMemory(n_ulb, n_classes, self.memory, device)}
 
     def reset_pace(self, state: dict) -> None:
         "Empty the pace table (called by the loop every `reset_pace_every` steps)."

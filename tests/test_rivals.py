@@ -1,4 +1,4 @@
-"""The rivals of FineSSL in the loop: saved and resumed, in processes and in pieces, without a wait for the device."""
+"""The rivals of FineSSL and its anchored form in the loop: saved and resumed, in processes and in pieces, without a wait for the device."""
 import io, json, re, signal
 from pathlib import Path
 
@@ -6,6 +6,7 @@ import pytest
 import torch
 from pretended_device import check_waits_for_nothing
 
+from finessl.anchored import AnchoredFineSSL
 from finessl.backbone import load_backbone
 from finessl.checks.rivals import random_batches
 from finessl.data import digits, generator
@@ -26,7 +27,8 @@ RIVALS = {"Pseudo-Label": PseudoLabel(tau=.5, ramp_start=2, ramp_end=8),
           "Pseudo-Label, strong view": PseudoLabel(tau=.5, ramp_start=2, ramp_end=8, view="strong"),
           "FlexMatch": FlexMatch(), "FlexMatch, no warm-up": FlexMatch(warm_up=False),
           "FreeMatch": FreeMatch(momentum=.7, fairness=.1), "SoftMatch": SoftMatch(momentum=.7, n_strong=2),
-          "AdaMatch": AdaMatch(momentum=.7), "DebiasPL": DebiasPL(tau=.5, momentum=.7)}
+          "AdaMatch": AdaMatch(momentum=.7), "DebiasPL": DebiasPL(tau=.5, momentum=.7),
+          "anchored": AnchoredFineSSL(zeta=.5)}
 each = pytest.mark.parametrize("name", RIVALS)
 CLOSE = 1e-5
 

@@ -24,12 +24,12 @@ def check_agreement_weights(f):
     assert not f(p, a).requires_grad                                      # weights are constants
 
 # %% ../../nbs/16_anchored.ipynb #anc00015
-def anchored_reference(steps, n_ulb, C, zeta=.7, alpha=8., gamma=3., momentum=.5, phi=.5, V=2):
+def anchored_reference(steps, n_ulb, C, zeta=.7, alpha=8., gamma=3., memory=.5, phi=.5, V=2):
     "Losses of several steps, image by image, in NumPy; steps: dicts of arrays named as the fields of `BatchLogits`."
     def softmax(z):
         e = np.exp(z - z.max(-1, keepdims=True))
         return e / e.sum(-1, keepdims=True)
-    table, memory, share, bias, out = {}, {}, np.full(C, 1 / C), np.zeros(C), []
+    table, means, share, bias, out = {}, {}, np.full(C, 1 / C), np.zeros(C), []
     for t, s in enumerate(steps):
         counts = np.bincount(list(table.values()), minlength=C)
         beta = counts / max(counts.max(), 1)
@@ -37,10 +37,10 @@ def anchored_reference(steps, n_ulb, C, zeta=.7, alpha=8., gamma=3., momentum=.5
         def ce(z, y, m): # cross-entropy with a margin on every other class
             w = z + m[y] * (np.arange(C) != y)
             return -(w[y] - w.max() - np.log(np.exp(w - w.max()).sum()))
-        before = dict(memory)
-        mean = [momentum * before[i] + (1 - momentum) * z if i in before else z
+        before = dict(means)
+        mean = [memory * before[i] + (1 - memory) * z if i in before else z
                 for i, z in zip(s["idx_ulb"], s["z_ulb_w"])]
-        memory |= dict(zip(s["idx_ulb"], mean)) # the later one stays
+        means |= dict(zip(s["idx_ulb"], mean)) # the later one stays
         bias = phi * (bias - np.log(C) - np.log(np.maximum(share, 1e-6)))
         p = softmax(np.array(mean) + bias)
         rate = 1 / min(t + 1, -(-n_ulb // len(p)))
@@ -59,7 +59,7 @@ def check_anchored(f): # f: as AnchoredFineSSL
     "Assert that `f` meets the specification of `AnchoredFineSSL`."
     g = torch.Generator().manual_seed(0)
     rand = lambda n: 3 * torch.randn(n, 4, generator=g)
-    for kw in ({}, {"gamma": 1., "phi": 0.}, {"momentum": 0., "phi": 1., "alpha": 4., "zeta": .5}):
+    for kw in ({}, {"gamma": 1., "phi": 0.}, {"memory": 0., "phi": 1., "alpha": 4., "zeta": .5}):
         steps = [dict(z_lb=rand(3), y_lb=torch.tensor([0, 3, 2]), z_ulb_w=rand(5), z_ulb_s=rand(10), a_lb=rand(3),
                       a_ulb_w=rand(5), a_ulb_s=rand(10), idx_ulb=torch.randint(8, (5,), generator=g)) for _ in range(6)]
         algorithm = f(**kw)
@@ -71,5 +71,5 @@ def check_anchored(f): # f: as AnchoredFineSSL
     f()(BatchLogits(**z), f().init(8, 4))[0].backward()
     assert z["z_ulb_w"].grad is None and z["a_ulb_w"].grad is None # what decides is constant
     assert z["a_ulb_s"].grad is None                              # no pseudo-label teaches the anchor
-    for bad in ({"phi": 1.5}, {"momentum": 1.}, {"gamma": -1.}):
+    for bad in ({"phi": 1.5}, {"memory": 1.}, {"gamma": -1.}):
         with raises(ValueError, next(iter(bad))): f(**bad)

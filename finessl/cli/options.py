@@ -84,7 +84,8 @@ OPTIONS = {
     "flexmatch": {"tau": .7, "weight": 1., "warm_up": True, "mapping": "convex", "n_strong": 1},
     "freematch": _RUNNING | {"fairness": .01}, "softmatch": _RUNNING | {"n_sigma": 2., "alignment": True},
     "adamatch": _RUNNING | {"tau": .9, "alignment": True},
-    "debiaspl": _RUNNING | {"tau": .7, "debias": .4, "marginal": True}}
+    "debiaspl": _RUNNING | {"tau": .7, "debias": .4, "marginal": True},
+    "anchored": {"zeta": .7, "gamma": 3., "alpha": 8., "phi": .5, "memory": .5, "n_strong": 2}}
 
 # %% ../../nbs/cli/options.ipynb #0c15f1a1
 _SHARE, _POSITIVE, _OFF = ranged_type(float, 0, 1), ranged_type(float, 0), {"action": "store_const", "const": False}
@@ -116,7 +117,9 @@ FLAGS = { # argument -> option, how it is read, what it means
     "n_sigma": ("--n-sigma", {"metavar": "N", "type": ranged_type(float, 0, least_allowed=False)},
                 "the Gaussian is a standard deviation / N wide"),
     "debias": ("--debias", {"metavar": "λ", "type": _POSITIVE}, "strength of debiasing and margins; 0: none"),
-    "marginal": ("--no-marginal", _OFF, "debias the labels alone, learn without margins")}
+    "marginal": ("--no-marginal", _OFF, "debias the labels alone, learn without margins"),
+    "phi": ("--phi", {"metavar": "φ", "type": _SHARE}, "how far the classes' shares are moved to even ones; 0: not"),
+    "memory": ("--memory", {"metavar": "M", "type": _SHARE}, "share of an image's mean logits that a visit keeps")}
 
 # %% ../../nbs/cli/options.ipynb #0c15f1a3
 def owners(key: str) -> list[str]: # of the argument `key`
@@ -162,10 +165,12 @@ def make_algorithm(args):
     "The algorithm that the command line describes."
     from finessl import rivals
     from finessl.algorithms import FineSSL
+    from finessl.anchored import AnchoredFineSSL
     from finessl.pseudo_labels import FixMatch, SupervisedOnly
     kinds = {"finessl": FineSSL, "fixmatch": FixMatch, "labelled-only": SupervisedOnly,
              "pseudo-label": rivals.PseudoLabel, "flexmatch": rivals.FlexMatch, "freematch": rivals.FreeMatch,
-             "softmatch": rivals.SoftMatch, "adamatch": rivals.AdaMatch, "debiaspl": rivals.DebiasPL}
+             "softmatch": rivals.SoftMatch, "adamatch": rivals.AdaMatch, "debiaspl": rivals.DebiasPL,
+             "anchored": AnchoredFineSSL}
     return kinds[args.algorithm](**algorithm_options(args))
 
 # %% ../../nbs/cli/options.ipynb #47a2df69
