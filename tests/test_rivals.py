@@ -36,9 +36,12 @@ CLOSE = 1e-5
 def batches(algorithm, device="cpu"):
     "Six steps in float32, the strong and the labelled logits with gradient."
     def leaf(k, t):
-        return t.float().to(device).requires_grad_(k != "z_ulb_w") if t.is_floating_point() else t.to(device)
-    return [BatchLogits(**{k: None if t is None else leaf(k, t) for k, t in b._asdict().items()})
-            for b in random_batches(algorithm.n_strong, "weak" in algorithm.required_outputs)]
+        weak = k in ("z_ulb_w", "a_ulb_w")
+        return t.float().to(device).requires_grad_(not weak) if t.is_floating_point() else t.to(device)
+    some = random_batches(algorithm.n_strong, "weak" in algorithm.required_outputs)
+    if "aux" in algorithm.required_outputs:
+        some = [b._replace(a_lb=.7 * b.z_lb, a_ulb_w=.7 * b.z_ulb_w, a_ulb_s=.7 * b.z_ulb_s) for b in some]
+    return [BatchLogits(**{k: None if t is None else leaf(k, t) for k, t in b._asdict().items()}) for b in some]
 
 
 def few():

@@ -141,7 +141,8 @@ def interrupted(encoder, out, after, algorithm=FineSSL(), **changes):
 
 CASES = {"FineSSL": {}, "FineSSL, paper's form": dict(algorithm=FineSSL(form="paper")),
          "FixMatch": dict(algorithm=FixMatch()), "labelled-only": dict(algorithm=SupervisedOnly()),
-         "heads alone": dict(peft="linear"), "bf16": dict(precision="bf16"),
+         "heads alone": dict(peft="linear"), "heads from means": dict(head_init="means"),
+         "bf16": dict(precision="bf16"),
          "labelled images dropped": dict(labelled="release"), "per epoch": dict(schedule=Schedule(12, decay="epoch"))}
 
 

@@ -59,6 +59,8 @@ def add_model(p):
     g.add_argument("--prompt-init", choices=("random", "tokens"), default="random",
                    help="prompts start at random, as in the paper, or as tokens of labelled images, for encoders that "
                         "random ones upset")
+    g.add_argument("--head-init", choices=("random", "means"), default="random",
+                   help="heads start at random, as in the paper, or at class means of the labelled images' features")
     g.add_argument("--init-seed", metavar="S", type=int, help="initial prompts and heads (default: as --seed)")
 
 def add_schedule(p):
@@ -248,7 +250,7 @@ def settings_from_args(args, views): # -> Settings
     "What decides the result, from the command line."
     from finessl.engine.schedule import Schedule
     from finessl.training import Settings
-    names = ("batch", "mu", "labelled", "seed", "init_seed", "prompt_init", "precision", "evals", "peft")
+    names = ("batch", "mu", "labelled", "seed", "init_seed", "prompt_init", "head_init", "precision", "evals", "peft")
     return Settings(Schedule(args.steps, args.lr, args.decay, args.reset_pace_every), n_prompts=args.prompts,
                     views=views,
                     **{name: getattr(args, name) for name in names})
