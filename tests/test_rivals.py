@@ -1,4 +1,4 @@
-"""The rivals of FineSSL and its anchored form in the loop: saved and resumed, in processes and in pieces, without a wait for the device."""
+"""The rivals of FineSSL and its anchored form: saved and resumed, in processes and pieces, no wait for the device."""
 import io, json, re, signal
 from pathlib import Path
 
