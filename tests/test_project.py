@@ -80,7 +80,7 @@ def test_every_code_cell_that_shows_something_was_run():
             if cell.cell_type != "code" or not shows(cell.source): continue
             checked += 1
             assert cell.outputs, f"{path.relative_to(root)}: committed without the output of {cell.source[-80:]!r}"
-    assert checked > 200
+    assert checked > 100
 
 
 def test_code_in_notebooks_needs_no_scrolling_sideways():

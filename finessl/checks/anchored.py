@@ -33,7 +33,7 @@ def reference_loss(z, y, margin): # (C,), class, (C,): cross-entropy with a marg
     return -(w[y] - w.max() - np.log(np.exp(w - w.max()).sum()))
 
 # %% ../../nbs/16_anchored.ipynb #anc00015
-def anchored_reference(steps, n_ulb, C, zeta=.7, alpha=8., gamma=3., memory=.5, phi=.5, V=2):
+def anchored_reference(steps, n_ulb, C, zeta=.7, alpha=8., gamma=3., memory=.5, phi=.5):
     "Losses of several steps, image by image, in NumPy; steps: dicts of arrays named as the fields of `BatchLogits`."
     table, means, share, bias, out = {}, {}, np.full(C, 1 / C), np.zeros(C), []
     for t, s in enumerate(steps):
@@ -51,7 +51,7 @@ def anchored_reference(steps, n_ulb, C, zeta=.7, alpha=8., gamma=3., memory=.5, 
         agree = (p * reference_softmax(s["a_ulb_w"])).sum(1)
         psi, pl = np.maximum((agree - 1 / C) / (1 - 1 / C), 0), p.argmax(1)
         U = len(pl)
-        ulb = np.mean([psi[u] * reference_loss(s["z_ulb_s"][v * U + u], pl[u], margin) for v in range(V) for u in range(U)])
+        ulb = np.mean([psi[i % U] * reference_loss(z, pl[i % U], margin) for i, z in enumerate(s["z_ulb_s"])])
         lb = np.mean([reference_loss(z, y, margin) for z, y in zip(s["z_lb"], s["y_lb"])])
         aux = np.mean([reference_loss(z, y, np.zeros(C)) for z, y in zip(s["a_lb"], s["y_lb"])])
         table |= {i: k for i, k, c in zip(s["idx_ulb"], pl, p.max(1)) if c >= zeta}
