@@ -128,7 +128,7 @@ def diagnose(
     truth = y[j.known].bincount(minlength=C)
     return {"accuracy": float(j.correct.sum() / j.known.sum()),
             "lowest_recall": float((hits[truth > 0] / truth[truth > 0]).min()),
-            "most_over_least": imbalance_ratio(counts), "class_entropy": class_entropy(counts),
+            "imbalance_ratio": imbalance_ratio(counts), "class_entropy": class_entropy(counts),
             "mean_confidence": float(j.conf[j.known].mean()),
             "calibration_error": calibration_error(j.conf[j.known], j.correct[j.known]),
             "auroc_wrong": auroc(j.conf[j.correct], j.conf[j.incorrect]),

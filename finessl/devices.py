@@ -11,12 +11,15 @@ import torch
 from .backbone import load_backbone
 from .data import Dataset
 from .engine.launch import launch
+from .engine.moved import moved_names
 from .engine.precision import default_device
 from .engine.processes import device_for_rank
 from .engine.runs import TrainedRun
 from .peft import build_model, trainable_state_dict
 from .training import Runtime, Settings, fit, read_keywords, validate
 from .views import default_views
+
+__getattr__ = moved_names("finessl.devices") # what version 0.1 had here
 
 # %% ../nbs/15_devices.ipynb #2d0fc43c
 def exchange_bytes(

@@ -172,7 +172,7 @@ class LabRun(NamedTuple):
     @property
     def p_test(self) -> Tensor: return self.z_test.softmax(1) # (N_test, C) probabilities
 
-    def series(self, key: str) -> tuple[list, list]: # e.g. "accuracy", "util", "pool_pl_counts"
+    def series(self, key: str) -> tuple[list, list]: # e.g. "accuracy", "mask_ratio", "pool_pl_counts"
         "Steps and values of one entry of the evaluations."
         evaluations = self.record["evaluations"]
         return [e["step"] for e in evaluations], [e[key] for e in evaluations]

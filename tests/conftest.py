@@ -6,4 +6,5 @@ import os, signal
 
 os.environ |= {"FINESSL_DEVICE": "cpu", "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+if "PYTEST_XDIST_WORKER" in os.environ: os.environ.setdefault("OMP_NUM_THREADS", "1")    # a worker, a thread
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN: signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -84,7 +84,7 @@ def two(tmp_path_factory):
 def same(a, b):
     "Assert that two outcomes are equal to float rounding: losses, weights, and what is counted."
     for x, y in zip(a[0]["evaluations"], b[0]["evaluations"], strict=True):
-        assert abs(x["loss"] / y["loss"] - 1) < CLOSE and x["util"] == y["util"], (x, y)
+        assert abs(x["loss"] / y["loss"] - 1) < CLOSE and x["mask_ratio"] == y["mask_ratio"], (x, y)
         assert x.get("pool_pl_counts") == y.get("pool_pl_counts"), (x, y)
     for k, v in a[1].items(): assert (v - b[1][k]).abs().max() < CLOSE, k
     assert a[0]["confusion"] == b[0]["confusion"]

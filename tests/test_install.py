@@ -8,7 +8,7 @@ tools = {"nbdev", "fastcore", "execnb", "IPython", "ipykernel", "jupyter", "jupy
          "nbconvert", "pytest", "setuptools"}
 
 
-@pytest.mark.parametrize("path", sorted((root / "finessl").glob("*.py")), ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", sorted((root / "finessl").rglob("*.py")), ids=lambda p: str(p.relative_to(root)))
 def test_modules_import_no_development_tool(path):
     found = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):

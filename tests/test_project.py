@@ -76,3 +76,28 @@ def test_code_in_notebooks_needs_no_scrolling_sideways():
             if cell.cell_type != "code": continue
             for line in cell.source.splitlines():
                 assert len(line) <= 140 and line == line.rstrip(), f"{path.name}: {len(line)} characters in {line!r}"
+
+
+def minutes(path): # 150 words and 12 lines of code a minute, a quarter for a picture
+    cells = nbformat.read(path, as_version=4).cells
+    words = sum(len(c.source.split()) for c in cells if c.cell_type == "markdown")
+    lines = sum(bool(line.strip()) for c in cells if c.cell_type == "code" for line in c.source.splitlines())
+    pictures = sum("image/png" in o.get("data", {}) for c in cells if c.cell_type == "code" for o in c.outputs)
+    return words / 150 + lines / 12 + pictures / 4
+
+
+def test_minutes_of_the_map_are_computed():
+    text = (root / "README.md").read_text("utf-8")
+    rows = re.findall(r"^\| \[[^]]+\]\((nbs/\d\d_\w+\.ipynb)\) \|[^|]*\| (\d+) \|", text, re.M)
+    assert sorted(p for p, _ in rows) == sorted(f"nbs/{p.name}" for p in (root / "nbs").glob("[0-9]*.ipynb"))
+    wrong = [f"{p}: {said} in the map, {minutes(root / p):.0f} by its words, lines and pictures"
+             for p, said in rows if abs(int(said) - minutes(root / p)) > 1]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_glossary_is_the_table_of_the_first_notebook():
+    table = lambda text: re.findall(r"^\|.*\|$", text, re.M)
+    start = next(c.source for c in nbformat.read(root / "nbs/00_start.ipynb", as_version=4).cells
+                 if c.cell_type == "markdown" and c.source.startswith("## Notation"))
+    glossary = (root / "README.md").read_text("utf-8").split("## Glossary")[1].split("\n## ")[0]
+    assert len(table(start)) > 20 and table(glossary) == table(start)

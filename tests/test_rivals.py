@@ -108,8 +108,8 @@ def test_a_state_of_another_size_is_refused():
 def test_a_run_keeps_some_and_not_all(whole, name):
     "What the tests below compare is at work."
     _, r = whole[name]
-    util = [e["util"] for e in r.record["evaluations"]]
-    assert .02 < min(util) < .9 and len(set(util)) > 1
+    kept = [e["mask_ratio"] for e in r.record["evaluations"]]
+    assert .02 < min(kept) < .9 and len(set(kept)) > 1
     assert r.record["algorithm"]["name"] == type(RIVALS[name]).__name__
 
 
@@ -173,7 +173,7 @@ def same(a, b):
     "Assert that two results are equal to float rounding: losses, what is kept, and weights."
     for x, y in zip(a[0]["evaluations"], b[0]["evaluations"], strict=True):
         assert abs(x["loss"] / y["loss"] - 1) < CLOSE, (x, y)
-        assert x["util"] == y["util"] and x["pool_pl_counts"] == y["pool_pl_counts"], (x, y)
+        assert x["mask_ratio"] == y["mask_ratio"] and x["pool_pl_counts"] == y["pool_pl_counts"], (x, y)
     for k, v in a[1].items(): assert (v - b[1][k]).abs().max() < CLOSE, k
 
 

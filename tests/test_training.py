@@ -16,7 +16,7 @@ from finessl.pseudo_labels import FixMatch, SupervisedOnly
 from finessl.engine.schedule import Schedule
 from finessl.engine.errors import TrainingError
 from finessl.training import fit
-from finessl.engine.storage import lock_folder
+from finessl.engine.storage import MARKER, lock_folder
 from finessl.engine.runs import load_run
 
 root = Path(__file__).resolve().parent.parent
@@ -85,7 +85,7 @@ def test_stopped_once_and_killed_three_times_ends_as_an_unbroken_run(tmp_path, u
     same_record(record, unbroken[1])
     steps = [r["step"] for r in record["resumes"]]
     assert len(steps) == 4 and 0 < steps[0] < steps[1] < steps[2] < steps[3] < 150
-    assert {f.name for f in (tmp_path / "run").iterdir()} == {"model.safetensors", "record.json"}
+    assert {f.name for f in (tmp_path / "run").iterdir()} == {MARKER, "model.safetensors", "record.json"}
 
 
 @posix
@@ -315,17 +315,18 @@ def test_another_encoder_is_not_taken_for_the_runs(tmp_path):
     with pytest.raises(ValueError, match="other weights"): load_run(tmp_path / "run")
 
 
-def test_a_killed_write_leaves_nothing_behind(encoder, tmp_path):
+def test_a_hidden_file_of_somebody_else_stays(encoder, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run/.checkpoint.pt.99999.tmp").write_bytes(b"half")
     run(encoder, out=tmp_path / "run")
-    assert {f.name for f in (tmp_path / "run").iterdir()} == {"model.safetensors", "record.json"}
+    assert {f.name for f in (tmp_path / "run").iterdir()} == {MARKER, ".checkpoint.pt.99999.tmp", "model.safetensors",
+                                                              "record.json"}
 
 
 @pytest.mark.parametrize("changes, says",
                          [(dict(batch=0), "batch must be a whole number >= 1, got 0"),
                           (dict(batch="a"), "batch must be a whole number >= 1, got 'a'"), (dict(evals=0), "evals"),
-                          (dict(schedule=Schedule(0)), "steps"), (dict(mu=0), "mu"), (dict(peft="lora"), "peft"),
+                          (dict(schedule=Schedule(0)), "steps"), (dict(mu=0), "mu"), (dict(peft="lara"), "peft"),
                                            (dict(precision="fp8"), "precision"),
                           (dict(schedule=Schedule(5, decay="week")), "decay"), (dict(labelled="some"), "labelled"),
                           (dict(checkpoint_every=0), "checkpoint_every"),
@@ -352,7 +353,7 @@ def test_the_progress_bar_ends_with_what_the_record_says(encoder, capsys, algori
     line = capsys.readouterr().err.split("\r")[-1]
     assert "12/12" in line and dict(re.findall(r"(\w+)=([\d.%]+)", line)) == \
         {k: v for k,
-         v in {"loss": f"{last['loss']:.3f}", "kept": f"{last['util'] or 0:.0%}",
+         v in {"loss": f"{last['loss']:.3f}", "kept": f"{last['mask_ratio'] or 0:.0%}",
                "accuracy": f"{last['accuracy']:.1%}"}.items() if k in shows}
 
 

@@ -54,7 +54,7 @@ def check_holm(f):
 # %% ../../nbs/studies/statistics.ipynb #de272ac0
 def check_sanity_check(f):
     "Assert that `f` meets the specification of `sanity_check`."
-    record = lambda *util: {"evaluations": [{"step": 10 * (i + 1), "util": u} for i, u in enumerate(util)]}
+    record = lambda *util: {"evaluations": [{"step": 10 * (i + 1), "mask_ratio": u} for i, u in enumerate(util)]}
     kept = record(0., 0., 0., 0., 0., 0., .3, .5)                  # the last quarter: steps 70 and 80
     r = f([.7, .8], [.69, .79], [kept])
     assert_close([r["labelled_minus_probe"], r["kept_in_last_quarter"]], [-.01, .4])

@@ -5,15 +5,17 @@
 # %% auto #0
 __all__ = ['whole', 'TRAIN', 'add_images', 'add_model', 'add_schedule', 'add_machine', 'add_output', 'add_train', 'load_dataset',
            'skip_option', 'apply_preset', 'check_train', 'check_data', 'check_run_folder', 'progress_option',
-           'train_command', 'run_training', 'settings_of', 'runtime_options', 'summary_lines']
+           'train_command', 'run_training', 'settings_from_args', 'runtime_options', 'summary_lines']
 
 # %% ../../nbs/cli/train.ipynb #f6b37c37
 import json, os, shlex, sys
 from pathlib import Path
 from .options import add_algorithm, algorithm_options, check_backbone, check_files, check_out
-from .options import env_rank, make_algorithm, path_type, ranged_type, resolve_device
+from .options import env_rank, make_algorithm, path_type, peft_type, ranged_type, resolve_device
 from ..engine.downloads import ARCHIVES
 from ..engine.errors import UsageError
+from ..engine.peft_names import SIZES
+from ..engine.storage import RUN_FILES, read_marker
 from ..studies.presets import presets
 
 # %% ../../nbs/cli/train.ipynb #b9bc70a3
@@ -48,8 +50,9 @@ def add_model(p):
     g.add_argument("--backbone", default="pocket", help="pocket, open_clip:ARCHITECTURE/PRETRAINED, or timm:NAME")
     g.add_argument("--checkpoint", metavar="FILE", type=path_type,
                    help="the encoder's weights in a local file (default: its pretrained ones)")
-    g.add_argument("--peft", choices=("vpt", "linear"), default="vpt",
-                   help="train prompts in every layer and heads, or heads alone")
+    g.add_argument("--peft", metavar="NAME", type=peft_type, default="vpt",
+                   help="what is trained beside the heads: vpt (prompts in every layer), linear (nothing), "
+                        f"{', '.join(SIZES)}; a size may follow, as in lora:8 (default: %(default)s)")
     g.add_argument("--prompts", metavar="P", type=whole,
                    help="prompts per layer, for --peft vpt (default: 50 for 197 tokens, as in the paper; 4 for the "
                         "pocket)")
@@ -111,7 +114,7 @@ TRAIN = """Train prompts and a head on a frozen encoder, from a few labelled and
 
 examples:
   finessl train --data digits --per-class 1 --out runs/digits
-  finessl train --data photos --per-class 4 --out runs/photos --backbone timm:vit_tiny_patch16_224
+  finessl train --data photos --per-class 4 --out runs/photos --backbone timm:vit_tiny_patch16_224 --prompt-init tokens
   finessl train --data digits --per-class 1 --out runs/free --algorithm freematch --momentum-stats .9
   finessl train --data digits --per-class 1 --out runs/digits --resume     after Ctrl-C or a crash"""
 
@@ -132,8 +135,7 @@ def load_dataset(args): # -> Dataset
     return image_folder(args.data, args.per_class, seed, unreadable=unreadable)
 
 def skip_option(args): # "raise", "skip", or a list of names
-    ("What `--skip-unreadable` asks for; a resume leaves out what the run left out when it began, and decodes nothing "
-     "again.")
+    "Leave out what `--skip-unreadable` says, or at a resume what the run left out when it began."
     from finessl.engine.checkpoint import latest_checkpoint
     if not args.skip_unreadable: return "raise"
     c = latest_checkpoint(args.out) if args.resume else None
@@ -195,9 +197,13 @@ def check_data(args):
 def check_run_folder(args):
     "Refuse a folder that holds another run, finished or not."
     check_out(args.out)
-    if (args.out / "record.json").exists():
+    there = [name for name in RUN_FILES if os.path.lexists(args.out / name)] # `run_folder` looks again, under the lock
+    if there and read_marker(args.out) is None:
+        raise UsageError(f"--out {args.out} holds {there[0]}, which this version of finessl did not make; "
+                         "name another folder")
+    if "record.json" in there:
         raise UsageError(f"--out {args.out} holds a finished run; name another folder, or remove it")
-    if not args.resume and any(args.out.glob("*checkpoint.pt")):
+    if there and not args.resume:
         raise UsageError(f"--out {args.out} holds an unfinished run; "
                          "go on with --resume, name another folder, or remove it")
 
@@ -233,12 +239,12 @@ def run_training(args, device): # device: a name, or None
     say(f"{args.data}: {len(dataset.classes)} classes, {len(dataset.x_lb)} labelled images, "
         f"{len(dataset.x_ulb)} in the pool, {len(dataset.x_test)} for the test{skipped}")
     views = natural_views(encoder.image_size, *NORMALISATION[args.normalise]) if args.normalise else None
-    settings, runtime = settings_of(args, views), runtime_options(args, device)
+    settings, runtime = settings_from_args(args, views), runtime_options(args, device)
     run = fit_distributed(args.processes, dataset, encoder, algorithm, settings=settings, runtime=runtime,
                           out=args.out, resume=args.resume)
     for text in summary_lines(args, dataset, run.record): say(text)
 
-def settings_of(args, views): # -> Settings
+def settings_from_args(args, views): # -> Settings
     "What decides the result, from the command line."
     from finessl.engine.schedule import Schedule
     from finessl.training import Settings

@@ -22,10 +22,12 @@ class NonFiniteGuard:
         self.first = torch.where(fresh, torch.full_like(self.first, step), self.first)
         optimizer.found_inf = (self.first >= 0).float()
 
-    def check(self):
-        "Raise where a loss was not finite; the one place that waits for the device."
+    def check(self, weights=()): # tensors that are trained
+        "Raise where a loss was not finite, or a weight is not; the one place that waits for the device."
         if (first := int(self.first)) >= 0:
             raise NonFiniteLoss(f"the loss is not finite at step {first}: try a smaller lr or gamma")
+        if weights and not bool(torch.stack([w.detach().isfinite().all() for w in weights]).all()):
+            raise NonFiniteLoss("the last update left weights that are not finite: try a smaller lr or gamma")
 
 # %% ../../nbs/engine/metrics.ipynb #0fa10ef4
 def classification_metrics(
@@ -40,7 +42,7 @@ def classification_metrics(
     correct = (pl == y) & known
     ratio = lambda a, b: round(float(a.sum() / b.sum()), 6) if b.sum() else None
     return {"accuracy": ratio(correct, known), "pl_counts": pl.bincount(minlength=C).tolist(),
-            "util": round(float(kept.float().mean()), 6), "kept_accuracy": ratio(correct & kept, kept & (y >= 0)),
+            "mask_ratio": round(float(kept.float().mean()), 6), "kept_accuracy": ratio(correct & kept, kept & (y >= 0)),
             "mean_confidence": round(float(conf.mean()), 6)}
 
 # %% ../../nbs/engine/metrics.ipynb #22a9d201
@@ -63,10 +65,10 @@ class MetricAccumulator:
         else: row += [torch.zeros_like(row[0])] * 4
         self.sums += torch.stack([r.to(self.sums.dtype) for r in row])
 
-    def read(self) -> dict: # loss, util (share kept) and kept_accuracy, None where there is nothing to count
+    def read(self) -> dict: # loss, mask_ratio (share kept) and kept_accuracy, None where there is nothing to count
         "Fetch the means and start again."
         s = dict(zip(self.names, self.sums.tolist()))
         self.sums.zero_()
         ratio = lambda a, b: round(a / b, 6) if b else None
-        return {"loss": ratio(s["loss"], s["steps"]), "util": ratio(s["kept"], s["images"]),
+        return {"loss": ratio(s["loss"], s["steps"]), "mask_ratio": ratio(s["kept"], s["images"]),
                 "kept_accuracy": ratio(s["right"], s["known"])}

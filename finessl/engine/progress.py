@@ -62,8 +62,7 @@ class Timer:
 # %% ../../nbs/engine/progress.ipynb #e7f7fbb8
 # tqdm's `disable`; its None: no bar where there is no terminal
 def progress_disabled(progress: bool|str|None) -> bool|None:
-    ("Whether a run goes without a bar; None: yes with TQDM_DISABLE=1, and where there is no terminal and no Jupyter "
-     "kernel.")
+    "Whether a run goes without a bar; None: yes with TQDM_DISABLE=1, and outside of terminals and Jupyter."
     if progress is not None: return not progress or progress == "lines"
     if os.environ.get("TQDM_DISABLE", "0") not in ("", "0"): return True
     shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
@@ -75,7 +74,7 @@ def progress_fields(state: TrainState) -> dict:
     meter, last = state.meter, (state.log["evaluations"] or [{}])[-1]
     sums = dict(zip(meter.names, meter.sums.tolist()))
     loss = sums["loss"] / sums["steps"] if sums["steps"] else last["loss"]
-    kept = sums["kept"] / sums["images"] if sums["images"] else last.get("util")
+    kept = sums["kept"] / sums["images"] if sums["images"] else last.get("mask_ratio")
     shown = {"loss": (loss, "{:.3f}"), "kept": (kept, "{:.0%}"), "accuracy": (last.get("accuracy"), "{:.1%}")}
     return {k: form.format(v) for k, (v, form) in shown.items() if v is not None}
 

@@ -8,14 +8,15 @@ __all__ = ['SCHEDULE', 'BATCH', 'PROMPTS', 'EVALS', 'ROWS', 'MAIN', 'OPEN_SET', 
            'run_study', 'run_key', 'run_references', 'best_trials', 'main']
 
 # %% ../../nbs/studies/comparison.ipynb #f4504bf8
-import argparse, functools, json, os, sys
+import argparse, functools, os, sys
 from pathlib import Path
 import pandas as pd
 from ..algorithms import FineSSL
 from ..backbone import load_backbone
 from ..data import digits, holdout
 from ..engine.schedule import SHORT_SCHEDULE
-from ..engine.storage import read_records
+from ..engine.old_records import read_runs
+from ..engine.storage import encode_json, write_atomic
 from ..lab import Lab, linear_probe, raw_probe, zero_shot
 from ..pseudo_labels import FixMatch, SupervisedOnly
 from .runner import run_jobs, say_recorded
@@ -140,21 +141,21 @@ def run_references(path: Path) -> list[str]: # of the records
     "What needs no training in steps: raw pixels, zero-shot, linear probe; on the same splits, seconds in all."
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.exists():
-        say_recorded(path, len(read_records(path)))
+        say_recorded(path, len(read_runs(path)))
         return []
     lab = Lab(n_weak=1, n_strong=1)
     lines = [{"study": "references", "row": row, "n_per_class": n, "known": known, "dev": False,
               "command": "python -m finessl.comparison references"}
              | lab.settings | f(lab, n, s, known).record | {"seed": s}
              for known in (None, 6) for s in range(20) for n in (1, 2, 4) for row, f in REFERENCES.items()]
-    path.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in lines), encoding="utf-8")
+    write_atomic(path, b"".join(encode_json(r, None) for r in lines), overwrite=False)
     return []
 
 # %% ../../nbs/studies/comparison.ipynb #55a45f34
 def best_trials(records: Path) -> dict: # method -> number of its trial
     "Each method's trial with the best mean development accuracy over N = 1, 2, 4; ties go to the first."
     runs = pd.DataFrame([{"row": r["row"], "accuracy": r["evaluations"][-1]["accuracy"]}
-                         for r in read_records(Path(records) / "tune.jsonl")])
+                         for r in read_runs(Path(records) / "tune.jsonl")])
     if runs.empty: raise FileNotFoundError(f"no records of the tuning in {records}: run the study \"tune\" first")
     means = runs.groupby("row").accuracy.mean()
     return {m: max(range(len(t)), key=lambda i: means[f"{m} #{i}"]) for m, t in TRIALS.items()}

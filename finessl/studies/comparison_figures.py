@@ -10,7 +10,8 @@ __all__ = ['RECORDS', 'PARTS', 'main_results', 'headline_table', 'spread_labels'
 from pathlib import Path
 import numpy as np
 import pandas as pd
-from ..engine.storage import read_records
+from ..engine.old_records import read_runs
+from ..engine.storage import write_atomic
 from ..lab import COLOURS
 from .comparison import MAIN, PROMPTS, REFERENCES, SCHEDULE
 from .statistics import Markdown, load_results, markdown_table, mean_std_table
@@ -34,7 +35,7 @@ def headline_table(
     df = main_results(records)
     table = mean_std_table(df, order=(*REFERENCES, "labelled-only", "FixMatch", "FineSSL"))
     table.loc["**FineSSL − FixMatch**, points"] = paired_difference_table(df, "FixMatch", ["FineSSL"]).loc["FineSSL"]
-    n, device = df.seed.nunique(), read_records(Path(records) / "constants.jsonl")[0]["device"]
+    n, device = df.seed.nunique(), read_runs(Path(records) / "constants.jsonl")[0]["device"]
     note = ("Test accuracy in % on scikit-learn's handwritten digits, N labels per class: "
             f"mean ± standard deviation over {n} splits (seeds 0–{n - 1}), last evaluation; "
             "the last row is paired, with its 95 % interval. "
@@ -133,7 +134,7 @@ def write_figures(records: Path, folder: Path) -> int: # exit code
         fig = plt.figure(figsize=size)
         draw(fig)
         fig.tight_layout()
-        fig.savefig(folder / f"{name}.png", dpi=150)
-        data.to_csv(folder / f"{name}.csv")
+        write_atomic(folder / f"{name}.png", lambda tmp, fig=fig: fig.savefig(tmp, format="png", dpi=150))
+        write_atomic(folder / f"{name}.csv", data.to_csv())
         plt.close(fig)
     return 0

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['SIZE', 'PROMPTS', 'BATCH', 'SCHEDULE', 'EVALS', 'PRECISION', 'LONGER', 'SEEDS', 'LABELS', 'STARTS', 'MORE',
            'ABLATIONS', 'WHOLE', 'STEP_SECONDS', 'EVAL_SECONDS', 'methods', 'photo_split', 'unit_features',
-           'knn_accuracy', 'probe_accuracy', 'GammaWarmup', 'CentredHead', 'modify_heads', 'job', 'short_runs',
-           'longer_runs', 'plan_runs', 'encoder_quality', 'plan_full_runs', 'photo_settings', 'fit_with_heads',
-           'run_photo', 'cached_encoder', 'cached_split', 'run_job', 'run_key', 'run_photos', 'describe_cost', 'main']
+           'knn_accuracy', 'GammaWarmup', 'CentredHead', 'modify_heads', 'job', 'short_runs', 'longer_runs',
+           'plan_runs', 'encoder_quality', 'plan_full_runs', 'photo_settings', 'fit_with_heads', 'run_photo',
+           'cached_encoder', 'cached_split', 'run_job', 'run_key', 'run_photos', 'describe_cost', 'main']
 
 # %% ../../nbs/studies/photos.ipynb #c83f3765
 import argparse, functools, os, sys
@@ -25,7 +25,8 @@ from ..engine.evaluation import predict_logits
 from ..engine.folders import image_folder
 from ..engine.runs import TrainedRun
 from ..engine.schedule import PAPER_SCHEDULE, Schedule
-from ..peft import CosineHead, build_model, init_prompts_from_tokens
+from ..lab import extract_features, logistic_probe
+from ..peft import CosineHead, build_model, init_heads_from_means, init_prompts_from_tokens
 from ..pseudo_labels import FixMatch, SupervisedOnly
 from .runner import run_jobs
 from ..training import Runtime, Settings, build_state, finish, fit, prepare, train
@@ -63,24 +64,19 @@ def photo_split(
                        y_test=ds.y_test[shown], split=ds.split._replace(idx_lb=idx_lb))
 
 # %% ../../nbs/studies/photos.ipynb #23abb51d
-@torch.no_grad()
 def unit_features(
     encoder, # or a model's `features`: normalised (B, 3, S, S) -> (B, D)
     x: Tensor, # uint8 (N, 3, H, W)
     eval_view # uint8 -> normalised float
 ) -> Tensor: # (N, D), each of length 1
     "Features of images, normalised as the cosine heads see them."
-    return F.normalize(torch.cat([encoder(eval_view(part)) for part in x.split(100)]), dim=1)
+    return F.normalize(extract_features(encoder, x, eval_view, batch=100)[0], dim=1)
 
 def knn_accuracy(feat: Tensor, y: Tensor, test: Tensor, y_test: Tensor, k: int = 20) -> float: # accuracy in [0, 1]
     "k-NN by cosine, votes weighted by 1/distance; as many neighbours as there are where they are fewer."
     from sklearn.neighbors import KNeighborsClassifier
     return KNeighborsClassifier(min(k, len(y)), metric="cosine", weights="distance").fit(feat, y).score(test, y_test)
 
-def probe_accuracy(feat: Tensor, y: Tensor, test: Tensor, y_test: Tensor) -> float: # accuracy in [0, 1]
-    "scikit-learn's logistic regression (C = 10) on features."
-    from sklearn.linear_model import LogisticRegression
-    return LogisticRegression(C=10, max_iter=2000).fit(feat, y).score(test, y_test)
 
 # %% ../../nbs/studies/photos.ipynb #def263c6
 @dataclass(frozen=True)
@@ -117,15 +113,13 @@ ABLATIONS = { # what is changed, beside FineSSL with γ = 3 and random prompts
 @torch.no_grad()
 def modify_heads(model, kind: str, dataset: Dataset, eval_view):
     "Let both heads see centred features, or start at the class means of the labelled images."
-    feat = unit_features(model.features, dataset.x_lb if kind == "means" else dataset.x_ulb, eval_view)
-    for name in ("head", "aux_head"):
-        head = getattr(model, name)
-        if kind == "means":
-            means = torch.stack([feat[dataset.y_lb == k].mean(0) for k in range(len(dataset.classes))])
-            head.weight.copy_(F.normalize(means, dim=1))
-        else:
-            head.__class__ = CentredHead
-            head.register_buffer("mean", feat.mean(0))
+    if kind == "means":
+        feat = extract_features(model.features, dataset.x_lb, eval_view, batch=100)[0]
+        return init_heads_from_means(model, feat, dataset.y_lb)
+    feat = unit_features(model.features, dataset.x_ulb, eval_view)
+    for head in (model.head, model.aux_head):
+        head.__class__ = CentredHead
+        head.register_buffer("mean", feat.mean(0))
 
 # %% ../../nbs/studies/photos.ipynb #b3e767b9
 def job(row: str, start: str|None, n_per_class: int, seed: int, **more) -> dict:
@@ -165,7 +159,8 @@ def encoder_quality(encoder, dataset: Dataset, seed: int) -> dict: # start of th
         lb, test = (unit_features(model.features, x, eval_view) for x in (dataset.x_lb, dataset.x_test))
         with torch.no_grad(): counts = model.head(test).argmax(1).bincount(minlength=len(dataset.classes))
         known = lb, dataset.y_lb, test, dataset.y_test
-        out[start] = {"probe": probe_accuracy(*known), "20-NN": knn_accuracy(*known),
+        out[start] = {"probe": logistic_probe(lb, dataset.y_lb).score(test, dataset.y_test),
+                      "20-NN": knn_accuracy(*known),
                       "cosine": round(float((test @ test.T).mean()), 4), "first_counts": counts.tolist()}
     return out
 
@@ -173,8 +168,7 @@ def encoder_quality(encoder, dataset: Dataset, seed: int) -> dict: # start of th
 WHOLE = dict(image_size=96, pool=5000, test=1000) # per class: all that there is, at a size that a CPU stands
 
 def plan_full_runs(seeds=SEEDS, n_per_class: int = 4) -> list[dict]:
-    ("The longest first. The paper's schedule, and `LONGER` on the same images: prompts from tokens, for FineSSL "
-     "random ones too.")
+    "The paper's schedule, and `LONGER` on the same images, the longest first; FineSSL from random prompts too."
     jobs, algorithms = [], methods(n_per_class)
     rows = (("FineSSL", "tokens"), ("FixMatch", "tokens"), ("FineSSL", "random"), ("labelled-only", "tokens"))
     for schedule in (PAPER_SCHEDULE, LONGER):

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 from scipy.stats import ttest_rel
-from ..engine.storage import read_records
+from ..engine.old_records import read_runs
 
 # %% ../../nbs/studies/statistics.ipynb #10eb1fe8
 class PairedDifference(NamedTuple):
@@ -78,7 +78,7 @@ def holm(
 # %% ../../nbs/studies/statistics.ipynb #248fd610
 def last_quarter_mean(
     record: dict, # of a run
-    key: str = "util" # an entry of the evaluations
+    key: str = "mask_ratio" # an entry of the evaluations
 ) -> float:
     "Mean of an entry over the evaluations in the last quarter of the steps."
     last = record["evaluations"][-1]["step"]
@@ -101,17 +101,17 @@ def sanity_check(
     return {"labelled_minus_probe": gap, "kept_in_last_quarter": util, "passes": bool(gap >= -within and util > keeps)}
 
 # %% ../../nbs/studies/statistics.ipynb #15c19769
-_PER_CENT = ("accuracy", "pool_accuracy", "pool_mean_confidence", "pool_util", "pool_kept_accuracy")
+_PER_CENT = ("accuracy", "pool_accuracy", "pool_mean_confidence", "pool_mask_ratio", "pool_kept_accuracy")
 
 def to_dataframe(
     runs: dict # name -> list of LabRuns or records
-) -> pd.DataFrame: # a row a run: method, n, seed, classes, most_over_least; shares and accuracies in per cent
+) -> pd.DataFrame: # a row a run: method, n, seed, classes, imbalance_ratio; shares and accuracies in per cent
     "Runs in long form: method, split, and the last evaluation."
     def row(name, record):
         last, split = record["evaluations"][-1], record["dataset"]
         counts, per_cent = last["pool_pl_counts"], {k: 100 * last[k] for k in _PER_CENT if last.get(k) is not None}
         known = {"method": name, "n": split["n_per_class"], "seed": split["seed"], "classes": len(record["classes"])}
-        return known | per_cent | {"most_over_least": max(counts) / max(min(counts), 1)}
+        return known | per_cent | {"imbalance_ratio": max(counts) / max(min(counts), 1)}
     return pd.DataFrame([row(name, getattr(r, "record", r)) for name, many in runs.items() for r in many])
 
 def compare_methods(
@@ -135,10 +135,10 @@ def load_results(
         return {"study": r["study"], "row": r["row"], "N": r["n_per_class"], "seed": r["seed"], "known": r["known"],
                 "seconds": r["seconds"], "lr": (r.get("schedule") or {}).get("lr"),
                 "accuracy": per_cent(last["accuracy"]), "pool": per_cent(last.get("pool_accuracy")),
-                "kept": per_cent(last.get("util")), "kept_right": per_cent(last.get("kept_accuracy")),
+                "kept": per_cent(last.get("mask_ratio")), "kept_right": per_cent(last.get("kept_accuracy")),
                 "counts": last.get("pool_pl_counts"),
-                "util_last_quarter": last_quarter_mean(r) if last.get("util") is not None else None}
-    rows = [one(r) for s in studies for r in read_records(Path(records) / f"{s}.jsonl")]
+                "mask_ratio_last_quarter": last_quarter_mean(r) if last.get("mask_ratio") is not None else None}
+    rows = [one(r) for s in studies for r in read_runs(Path(records) / f"{s}.jsonl")]
     if not rows:
         raise FileNotFoundError(f"no records of {list(studies)} in {records}: "
                                 "run `python -m finessl.studies.comparison`")
