@@ -113,8 +113,8 @@ def test_a_state_of_another_size_is_refused():
 def test_a_run_keeps_some_and_not_all(whole, name):
     "What the tests below compare is at work."
     _, r = whole[name]
-    util = [e["mask_ratio"] for e in r.record["evaluations"]]
-    assert .02 < min(util) < .9 and len(set(util)) > 1
+    kept = [e["mask_ratio"] for e in r.record["evaluations"]]
+    assert .02 < min(kept) < .9 and len(set(kept)) > 1
     assert r.record["algorithm"]["name"] == type(RIVALS[name]).__name__
 
 

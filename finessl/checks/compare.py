@@ -13,7 +13,7 @@ from . import assert_close, raises
 def toy_run(accuracy, seed, split="s", n=1, seconds=2., confusion=((1, 0), (1, 0))):
     "A record with what a comparison reads: class 1 is never predicted."
     return {"evaluations": [{"accuracy": .99}, {"accuracy": accuracy}], "dataset": {"hash": split, "n_per_class": n},
-            "seed": seed, "seconds": seconds, "confusion": confusion}
+            "seed": seed, "seconds": seconds, "confusion": confusion, "classes": ["0", "1"]}
 
 def check_compare(f):
     "Assert that `f` meets the specification of `compare`."
@@ -32,6 +32,9 @@ def check_compare(f):
     assert big.loc[(1, "sure")].clear
     two = f({"base": base + [toy_run(.8, 0, n=4)], "better": [toy_run(.9, 0, n=4)]}, "base")
     assert math.isnan(two.loc[(4, "better")].difference)           # one pair has no spread
+    many = {k: v for k, v in base[0].items() if k != "confusion"}  # of many classes, the pairs that occur
+    many |= {"confusion_pairs": {"truth": [0, 1], "predicted": [2, 2], "count": [5, 5]}, "classes": list("abcde")}
+    assert_close(f({"base": [many]}, "base").never_predicted.iloc[0], .8)
     with raises(ValueError, "baseline"): f(runs, "best")
     with raises(ValueError, "two runs"): f({"base": base + base}, "base")
     with raises(ValueError, "test part"): f({"base": [toy_run(None, 0)]}, "base")

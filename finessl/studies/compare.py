@@ -23,10 +23,11 @@ def run_row(
     record = read_record(run) if isinstance(run, (str, Path)) else getattr(run, "record", run)
     last, split = record["evaluations"][-1], record["dataset"]
     if last.get("accuracy") is None: raise ValueError(f"{name}: a run without a test part cannot be compared")
-    predicted = np.array(record["confusion"]).sum(0) # rows are the truth
+    if "confusion" in record: predicted = np.array(record["confusion"]).sum(0).nonzero()[0] # rows are the truth
+    else: predicted = set(record["confusion_pairs"]["predicted"]) # where there are many classes
     return {"method": name, "N": split["n_per_class"] or "all", "pair": (split["hash"], record.get("seed")),
             "accuracy": 100 * last["accuracy"], "seconds": record["seconds"],
-            "never_predicted": float((predicted == 0).mean())}
+            "never_predicted": 1 - len(predicted) / len(record["classes"])}
 
 # %% ../../nbs/studies/compare.ipynb #5b1a000a
 def compare(
