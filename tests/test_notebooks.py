@@ -1,4 +1,4 @@
-"""Every notebook runs top-down, several in one process as `nbdev_test` has them; cells marked slow or cuda are left out.
+"""Every notebook runs top-down, several in one process as in `nbdev_test`; cells marked slow or cuda are left out.
 
 Those in `MINUTES` have a command of their own: `python -m pytest -m slow tests/test_notebooks.py`.
 """
