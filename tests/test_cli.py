@@ -193,7 +193,7 @@ def test_a_rival_is_trained_resumed_and_used(finessl, tmp_path, monkeypatch):
     (["--lr", "0"], "--lr: must be > 0, got 0"),
     (["--lr", "nan"], "--lr: must be finite and > 0, got nan"),
                                         (["--gamma", "inf"], "--gamma: must be finite and >= 0, got inf"),
-    (["--algorithm", "fixmatch", "--gamma", "1"], "--gamma belongs to --algorithm finessl, not to fixmatch"),
+    (["--algorithm", "fixmatch", "--gamma", "1"], "--gamma belongs to --algorithm finessl or anchored, not to fixmatch"),
     (["--tau", ".9"],
      "--tau belongs to --algorithm fixmatch, pseudo-label, flexmatch, adamatch or debiaspl, not to finessl"),
     (["--algorithm", "softmatch", "--n-sigma", "0"], "--n-sigma: must be > 0, got 0"),
