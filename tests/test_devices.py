@@ -185,7 +185,7 @@ def test_one_that_is_killed_ends_all(capfd):
     with pytest.raises(TrainingError, match="process 1 of 2 was killed"):
         fit_distributed(2, few(), load_backbone("pocket"), Dies(), n_prompts=2, batch=4, schedule=Schedule(1000),
                         device="cpu", progress=False)
-    assert time.time() - begin < 60 and capfd.readouterr().err == ""
+    assert time.time() - begin < 200 and capfd.readouterr().err == ""
 
 
 def test_the_worker_script_names_what_is_there():
@@ -223,11 +223,11 @@ def test_nothing_stays_of_a_parent_that_is_killed(tmp_path):
                "--batch", "4", "--prompts", "1", "--checkpoint-every", "2", "--device", "cpu", "--processes", "2",
                "--quiet", "--out", "run"]
     p = subprocess.Popen(command, cwd=tmp_path, env=ENV | {"TMPDIR": str(folder)}, stderr=subprocess.PIPE, text=True)
-    end = time.time() + 90
+    end = time.time() + 300
     while not (tmp_path / "run/checkpoint.pt").exists() and time.time() < end: time.sleep(.01)
     assert [f.name for f in folder.glob("finessl-*/call")] == ["call"]
     p.kill()
-    assert p.communicate(timeout=60)[1] == ""                  # read until the children, who hold it too, have ended
+    assert p.communicate(timeout=240)[1] == ""                  # read until the children, who hold it too, have ended
     assert not list(folder.glob("finessl-*")) and not (tmp_path / "run/.lock").exists()
     assert (tmp_path / "run/checkpoint.pt").exists()
 
@@ -251,7 +251,7 @@ def test_a_full_temporary_folder_is_one_sentence(tmp_path):
     (folder := tmp_path / "temporary").mkdir()
     command = [sys.executable, "-c", NO_ROOM, "train", "--data", "digits", "--per-class", "1", "--steps", "2",
                "--device", "cpu", "--processes", "2", "--out", str(tmp_path / "run")]
-    p = subprocess.run(command, env=ENV | {"TMPDIR": str(folder)}, text=True, capture_output=True, timeout=120)
+    p = subprocess.run(command, env=ENV | {"TMPDIR": str(folder)}, text=True, capture_output=True, timeout=300)
     says = f"no space left in {folder}; set TMPDIR to a folder with room\n"
     assert p.stderr == f"finessl: error: {says}" and p.stdout.endswith(f"1\nTrainingError {says}"), (p.stdout, p.stderr)
     assert not list(folder.glob("finessl-*")) and not (tmp_path / "run").exists()
@@ -283,7 +283,7 @@ def test_torchrun_and_one_message(tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "finessl", "train",
                "--data", "digits", "--per-class", "1", "--steps", "12", "--batch", "5", "--prompts", "1",
                "--evals", "1", "--lr", "1e30", "--checkpoint-every", "1", "--device", "cpu", "--out", "run"]
-    p = subprocess.run(command, cwd=tmp_path, env=ENV, text=True, capture_output=True, timeout=120)
+    p = subprocess.run(command, cwd=tmp_path, env=ENV, text=True, capture_output=True, timeout=300)
     said = [line for line in p.stderr.splitlines() if line.startswith("finessl: ")]
     assert len(said) == 1 and "the loss is not finite at step 1" in said[0], p.stderr
     assert p.returncode == 1 and p.stdout.count("10 labelled images") == 1
@@ -294,7 +294,7 @@ def test_torchrun_and_one_message(tmp_path):
 def test_ctrl_c_on_the_command_line(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     def press():
-        end = time.time() + 90
+        end = time.time() + 300
         while not (tmp_path / "run/checkpoint.pt").exists() and time.time() < end: time.sleep(.01)
         os.kill(os.getpid(), signal.SIGINT)
     threading.Thread(target=press, daemon=True).start()

@@ -132,7 +132,7 @@ PREDICT = ("from finessl.engine.storage import write_atomic; import sys; "
 def shell(command, where):
     "A command of bash, in which `predict NAME` writes a table."
     text = f"predict() {{ {sys.executable} -c \"{PREDICT}\" \"$1\"; }}; {command}"
-    return subprocess.run(["bash", "-c", text], cwd=where, text=True, capture_output=True, timeout=60, env=ENV)
+    return subprocess.run(["bash", "-c", text], cwd=where, text=True, capture_output=True, timeout=240, env=ENV)
 
 
 @posix
