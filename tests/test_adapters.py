@@ -41,7 +41,7 @@ def images(encoder, n=3):
 
 
 def test_lora_equals_the_library_peft():
-    "Where it is installed (`pip install peft`). It adds to the whole matrix: rank 2r, one block for query, one for value."
+    "Where it is installed (`pip install peft`): rank 2r on the whole matrix, a block for each of query and value."
     peft, timm = pytest.importorskip("peft"), pytest.importorskip("timm")
     torch.manual_seed(0)
     tiny = dict(img_size=32, patch_size=8, depth=3, num_classes=0)
