@@ -78,3 +78,8 @@ def without_privileges(f, *names):
             finally: os._exit(0)
         os.close(tell), os.waitpid(pid, 0)
         with os.fdopen(told) as f: return f.read().splitlines()
+
+
+def open_files():
+    "How many files this process holds open; 0 where the system does not say."
+    return len(os.listdir("/dev/fd")) if os.path.isdir("/dev/fd") else 0

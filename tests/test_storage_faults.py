@@ -12,7 +12,7 @@ from finessl.engine import atomic, storage
 from finessl.engine.errors import TrainingError, UsageError
 from finessl.engine.atomic import append_record
 from finessl.engine.storage import HELD, LOCK, MARKER, lock_folder, read_marker, write_atomic
-from storage_helpers import ENV, Faults, posix, quick_folder, records, unsaid
+from storage_helpers import ENV, Faults, open_files, posix, quick_folder, records, unsaid
 
 OURS = re.compile(r"\..*\.finessl-([0-9a-f]{8}-)?[0-9a-f]{16}\.tmp", re.DOTALL) # the name of a temporary file
 LOOKS = {"stat", "fstat", "lstat", "listdir", "lseek", "read", "readlink"} # change nothing: one error each, in turn
