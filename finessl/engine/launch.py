@@ -11,7 +11,7 @@ __all__ = ['EXIT_DISK_FULL', 'WORKER_SCRIPT', 'worker_main', 'exit_with_parent',
 import contextlib, os, pickle, shutil, signal, subprocess, sys, tempfile, threading, time, traceback
 from pathlib import Path
 import torch
-from .errors import PeerFailed, PeerLost, TrainingError
+from .errors import PeerFailed, PeerLost, TrainingError, UsageError
 from .storage import DISK_FULL_ERRNOS, write_atomic
 
 # %% ../../nbs/engine/launch.ipynb #7101f7cb
@@ -63,6 +63,7 @@ def send_error(e: BaseException, file: Path) -> int: # the exit code
     note = f"in {file.name.replace('error-', 'process ')}:\n{traceback.format_exc()}"
     try: write_atomic(file, pickle_error(e, note), durable=False)
     except OSError as full: return EXIT_DISK_FULL if full.errno in DISK_FULL_ERRNOS else 1
+    except UsageError: return 1                                # the folder is gone, and with it the one that waited
     return 1
 
 def pickle_error(e: BaseException, note: str) -> bytes:
