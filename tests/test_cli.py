@@ -98,7 +98,7 @@ def test_help_and_argument_errors_import_no_torch(tmp_path):
     begin = time.time()
     p = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=ENV, capture_output=True, text=True, check=True)
     assert p.stdout.splitlines()[-1] == f"{[0] * 5 + [2] * 14} []"
-    assert time.time() - begin < 20                            # of which 19 commands take about one
+    assert time.time() - begin < 20
     assert all(line.startswith("finessl: error: ")
                for line in p.stderr.splitlines()) and len(p.stderr.splitlines()) == 14, p.stderr
     assert not list(tmp_path.iterdir())
