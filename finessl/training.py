@@ -13,14 +13,13 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import NamedTuple
 import torch
-from torch import Tensor
 from .backbone import load_backbone
 from .data import Dataset, check_dataset
 from .engine.accumulate import accumulated_backward
 from .engine.batches import compute_logits, labelled_indices, make_batch
 from .engine.checkpoint import TrainState, resume_from, runtime_info, save_checkpoint, saved_setting
 from .engine.environment import environment
-from .engine.errors import check_int, check_range
+from .engine.errors import check_choice, check_int, check_range
 from .engine.evaluation import evaluate, finalize_log
 from .engine.images import exclude_files, unreadable_files
 from .engine.metrics import MetricAccumulator, NonFiniteGuard
@@ -33,6 +32,7 @@ from .engine.recovery import EVAL_ADVICE, explained, memory_advice, step_advice
 from .engine.runs import TrainedRun, load_run, run_folder, save_run
 from .engine.schedule import SHORT_SCHEDULE, Schedule, cosine_lr, pace_is_due
 from .engine.settings import build_settings
+from .engine.watch import Watch, report_symptoms
 from .peft import build_model, default_n_prompts, init_prompts_from_tokens, weights_sha256
 from .views import Views, default_views
 
@@ -55,7 +55,6 @@ class Settings:
     evals: int = 10 # evaluations, evenly spaced, the last at the end; none is ever selected
     views: Views|None = None # None: the digits' recipe for digits, the paper's for anything else
 
-# %% ../nbs/13_training.ipynb #57c968da
 @dataclass(frozen=True)
 class Runtime:
     "How a run is computed; none of it changes the result beyond rounding."
@@ -66,6 +65,7 @@ class Runtime:
     checkpoint_every: int|None = None # steps
     progress: bool|str|None = None # None: a bar where somebody looks; "lines": a line at each evaluation, for a log
     command: str|None = None # for the record
+    on_collapse: str = "warn" # "stop": a run that puts its pool into one class ends with an error; resume with "warn"
 
 # %% ../nbs/13_training.ipynb #88b67663
 __getattr__ = moved_names("finessl.training") # what version 0.1 had here
@@ -82,9 +82,8 @@ def read_keywords(settings: Settings|None, runtime: Runtime|None, keywords: dict
             near = get_close_matches(name, known, 1)
             raise TypeError(f"fit has no argument {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
         parts[known[name]][name] = value
-    settings = replace(settings, **parts[Settings])
-    settings = replace(settings, schedule=settings.schedule._replace(**parts[Schedule]))
-    return settings, replace(runtime, **parts[Runtime])
+    parts[Settings]["schedule"] = parts[Settings].get("schedule", settings.schedule)._replace(**parts[Schedule])
+    return replace(settings, **parts[Settings]), replace(runtime, **parts[Runtime])
 
 # %% ../nbs/13_training.ipynb #3ff77fea
 def validate(dataset: Dataset, algorithm, settings: Settings, runtime: Runtime = Runtime(),
@@ -106,6 +105,7 @@ def validate(dataset: Dataset, algorithm, settings: Settings, runtime: Runtime =
     if s.prompt_init not in ("random", "tokens") or (s.prompt_init, s.peft) == ("tokens", "linear"):
         raise ValueError('prompt_init must be "random", or "tokens" where there are prompts (peft="vpt"), '
                          f'got {s.prompt_init!r} with peft={s.peft!r}')
+    check_choice("on_collapse", runtime.on_collapse, ("warn", "stop"))
     check_range("lr", s.schedule.lr, above=True)
     cosine_lr(s.schedule, 0), autocast("cpu", s.precision or "float32")   # each refuses what it does not know
     labelled_indices(s.seed, 0, len(dataset.x_lb), s.batch, s.schedule, s.labelled)
@@ -122,8 +122,7 @@ class Setup(NamedTuple):
     recorded: dict # the settings as JSON, data, encoder and algorithm included
 
 RECORDED = ("peft", "n_prompts", "batch", "mu", "momentum", "weight_decay", "seed", "init_seed", "labelled",
-            "precision",
-            "evals", "prompt_init") # fields of Settings that are written as they are
+            "precision", "evals", "prompt_init") # fields of Settings that are written as they are
 
 # %% ../nbs/13_training.ipynb #6f98593b
 def prepare(
@@ -166,7 +165,7 @@ def build_state(
         if s.prompt_init == "tokens": init_prompts_from_tokens(model, dataset, s.views.eval_view, s.init_seed, device)
     return TrainState(model, build_optimizer(model, s.schedule, s.momentum, s.weight_decay),
                       setup.algorithm.init(len(dataset.x_ulb), len(dataset.classes), device),
-                      MetricAccumulator(dataset.y_ulb, device), NonFiniteGuard(device))
+                      MetricAccumulator(dataset.y_ulb, device), NonFiniteGuard(device), watch=Watch(dataset))
 
 # %% ../nbs/13_training.ipynb #3ff3664c
 def train_step(
@@ -174,7 +173,7 @@ def train_step(
     algorithm, lr: float, device, precision: str = "float32",
     compute=compute_logits, # or another form of it, such as one with a compiled encoder
     group: ProcessGroup|None = None, accumulate: int = 1 # processes that share the step; pieces of a process's share
-) -> Tensor: # the loss, on the device
+) -> torch.Tensor: # the loss, on the device
     "One update; nothing is fetched from the device."
     model, optimizer = state.model, state.optimizer
     optimizer.zero_grad(set_to_none=True)
@@ -200,7 +199,7 @@ def run_evaluation(setup: Setup, state: TrainState, timer: Timer):
     timer.lap("seconds")
     with memory_advice(EVAL_ADVICE, s.batch):
         scores, state.test_logits = evaluate(state.model.eval(), setup.dataset, s.views.eval_view, group.device,
-                                             s.precision, group)
+                                             s.precision, group, state.watch)
     group.assert_same({"sha256": weights_sha256(state.model)} if group.world_size > 1 else {}, "weights")
     state.log["evaluations"].append({"step": state.step, "lr": lr} | state.meter.read() | scores)
     timer.lap("eval_seconds")
@@ -217,10 +216,11 @@ def batches(setup: Setup, start: int): # iterator over dicts, from `start` on
 # %% ../nbs/13_training.ipynb #caa36d01
 def train(setup: Setup, state: TrainState, folder: Path|None = None, stop: GracefulStop|None = None) -> None:
     "Take the steps that are left: step; evaluate, save and stop where it is due."
-    s, r, group, algorithm = setup.settings, setup.runtime, setup.group, setup.algorithm
-    schedule = s.schedule
-    exclude_files(setup.dataset, state.log["unreadable"])
+    (dataset, _, algorithm, s, r, group, recorded), schedule = setup, setup.settings.schedule
+    exclude_files(dataset, state.log["unreadable"])
     eval_at, timer = {math.ceil(schedule.steps * i / s.evals) for i in range(1, s.evals + 1)}, Timer(state.log)
+    state.watch.begin(state.model, s, group)
+    timer.lap("eval_seconds")
     compute = compute_logits
     if r.compile: compute = functools.partial(compute_logits, features=compile_encoder(state.model.features, r.compile))
     with (ProgressBar(state, schedule.steps, type(algorithm).__name__, r.progress, group.is_main) as bar,
@@ -235,6 +235,7 @@ def train(setup: Setup, state: TrainState, folder: Path|None = None, stop: Grace
             if state.step in eval_at:
                 run_evaluation(setup, state, timer)
                 bar.evaluated(state)
+                report_symptoms(state, algorithm, recorded, bar.warn, r.on_collapse)
             bar.advance(state)
             if folder is not None and not last and (end or r.checkpoint_every and state.step % r.checkpoint_every == 0):
                 save_progress(setup, state, folder, timer)
