@@ -36,6 +36,6 @@ if __name__ == "__main__":
     ap.add_argument("--slow", action="store_true", help="run the cells marked slow too")
     args = ap.parse_args()
     os.environ |= {"PYTHONPATH": str(root), "TQDM_DISABLE": "1"} # no progress bars in outputs
-    for path in args.notebooks or sorted((root / "nbs").glob("*.ipynb")):
+    for path in args.notebooks or sorted((root / "nbs").rglob("*.ipynb")):
         execute(path.resolve(), args.slow)
         print(f"ran {path.name}", flush=True)

@@ -15,8 +15,9 @@ from .engine.moved import moved_names
 from .engine.precision import default_device
 from .engine.processes import device_for_rank
 from .engine.runs import TrainedRun
+from .engine.settings import validate
 from .peft import build_model, trainable_state_dict
-from .training import Runtime, Settings, fit, read_keywords, validate
+from .training import Runtime, Settings, fit, read_keywords
 from .views import default_views
 
 __getattr__ = moved_names("finessl.devices") # what version 0.1 had here

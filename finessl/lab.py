@@ -26,7 +26,7 @@ from .engine.plots import COLOURS, colour, plot_over_steps # each method has one
 from .engine.progress import Timer
 from .engine.schedule import Schedule, cosine_lr
 from .engine.settings import split_info, to_dict
-from .peft import CosineHead, TwoHeadModel
+from .peft import CosineHead, TwoHeadModel, init_heads_from_means
 from .views import Views, default_views
 
 # %% ../nbs/02_lab.ipynb #adcb95d9
@@ -187,16 +187,19 @@ def lab_run(
     mu: int = 1, # unlabelled images per labelled one
     evals: int = 10, # evaluations, evenly spaced
     init_seed: int|None = None, # of the heads; None: as `seed`
-    momentum: float = .9, weight_decay: float = 5e-4
+    momentum: float = .9, weight_decay: float = 5e-4,
+    head_init: str = "random" # or "means": heads start at the class means of the labelled images (see 12)
 ) -> LabRun:
     "Train two fresh heads on a split of the lab with `train_heads`; the constants of `fit` are the defaults."
     init_seed = seed if init_seed is None else init_seed
     settings = _lab_settings(lab, algorithm, dataset, schedule=schedule._asdict(), batch=batch, mu=mu,
                              momentum=momentum, weight_decay=weight_decay, seed=seed, init_seed=init_seed,
-                             labelled="all", precision="float32", evals=evals)
+                             labelled="all", precision="float32", evals=evals, head_init=head_init)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(init_seed)
         model = TwoHeadModel(nn.Identity(), CosineHead(lab.feat.shape[1], len(dataset.classes)))
+    if head_init == "means": init_heads_from_means(model, lab.feat[dataset.x_lb], dataset.y_lb)
+    elif head_init != "random": raise ValueError(f'head_init must be "random" or "means", got {head_init!r}')
     log = train_heads(model, dataset, lab.views, algorithm, schedule, seed, batch, mu, evals, momentum, weight_decay)
     with torch.no_grad():
         pool, test = lab.feat[dataset.x_ulb], lab.feat[dataset.x_test]

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TOKEN_IMAGES', 'prompt_bound', 'ReferenceVPT', 'add_prompts', 'VPT', 'NoPEFT', 'token_prompts', 'CosineHead',
-           'TwoHeadModel', 'build_model', 'default_n_prompts', 'init_prompts_from_tokens', 'trainable_state_dict',
-           'weights_sha256']
+           'TwoHeadModel', 'build_model', 'default_n_prompts', 'init_prompts_from_tokens', 'init_heads_from_means',
+           'trainable_state_dict', 'weights_sha256']
 
 # %% ../nbs/12_peft.ipynb #3719a5fd
 import copy, hashlib, math
@@ -14,7 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from .backbone import Encoder
 from .data import Dataset, generator
+from .engine.adapters import FineTuned
 from .engine.encoders import is_timm
+from .engine.peft_names import parse_peft
 
 # %% ../nbs/12_peft.ipynb #8e9791d7
 def prompt_bound(
@@ -159,15 +161,16 @@ class TwoHeadModel(nn.Module):
 def build_model(
     encoder: Encoder, # frozen
     n_classes: int, # C
-    peft: str = "vpt", # what is trained besides the heads: "vpt" prompts in every layer, "linear" nothing
+    peft: str = "vpt", # what is trained besides the heads: "vpt" prompts in every layer, "linear" nothing, or others
     n_prompts: int = 50, # per layer, for "vpt"
     seed: int = 0 # of prompts and heads
 ) -> TwoHeadModel:
     "Encoder, prompts and two cosine heads, initialised from `seed` whatever was drawn before."
-    if peft not in ("vpt", "linear"): raise ValueError(f'peft must be "vpt" or "linear", got {peft!r}')
+    method, _ = parse_peft(peft)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        features = VPT(encoder, n_prompts if peft == "vpt" else 0)
+        prompts = method in ("vpt", "linear")
+        features = VPT(encoder, n_prompts if method == "vpt" else 0) if prompts else FineTuned(encoder, peft)
         head, aux = CosineHead(encoder.width, n_classes), CosineHead(encoder.width, n_classes)
     return TwoHeadModel(features, head, aux)
 
@@ -195,6 +198,19 @@ def init_prompts_from_tokens(
     some = torch.randperm(len(dataset.x_lb), generator=generator(seed, 0))[:TOKEN_IMAGES]
     x, prompts = eval_view(dataset.x_lb[some].to(device)), model.features.prompts
     prompts.copy_(token_prompts(model.features.encoder, x, prompts.shape[1], seed))
+
+# %% ../nbs/12_peft.ipynb #hdm00002
+@torch.no_grad()
+def init_heads_from_means(
+    model: TwoHeadModel, # the rows of both heads are overwritten
+    feat: Tensor, # (N, D) float, features of the labelled images
+    y: Tensor # (N,) int64, their labels; every class occurs
+) -> None:
+    "Let both heads start at the class means of labelled images (Snell et al. 2017)."
+    feat = F.normalize(feat, dim=1)
+    means = torch.stack([feat[y == k].mean(0) for k in range(len(model.head.weight))])
+    if not means.isfinite().all(): raise ValueError("every class needs a labelled image with finite features")
+    for head in (model.head, model.aux_head): head.weight.copy_(F.normalize(means, dim=1))
 
 # %% ../nbs/12_peft.ipynb #552aaa66
 def trainable_state_dict(

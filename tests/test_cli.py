@@ -15,9 +15,10 @@ from finessl.cli import main as cli_main
 from finessl.cli import options as cli_options
 from finessl.cli import train as cli_train
 from finessl.engine import errors
-from finessl import training
+from finessl import rivals, training
 from finessl.algorithms import FineSSL
 from finessl.backbone import load_backbone
+from finessl.data import digits
 from finessl.pseudo_labels import FixMatch, SupervisedOnly
 from finessl.engine.runs import load_run
 
@@ -109,19 +110,29 @@ def test_defaults_are_those_of_fit_and_of_the_algorithms():
     for key in ("peft", "batch", "mu", "seed", "init_seed", "precision", "evals", "device"):
         assert getattr(args, key) == fit[key], key
     assert (args.steps, args.lr) == training.Settings().schedule[:2] and fit["n_prompts"] is None
-    for name, algorithm in {"finessl": FineSSL(), "fixmatch": FixMatch(), "labelled-only": SupervisedOnly()}.items():
-        fields = dataclasses.asdict(algorithm)
-        assert cli_options.OPTIONS[name] == {k: fields[k] for k in cli_options.OPTIONS[name]}
-    text = " ".join(cli_main.make_parser().parse_args(["train", "--data", "d", "--out", "r"]).__dict__)
-    assert all(key in text for options in cli_options.OPTIONS.values() for key in options)
+    for name, options in cli_options.OPTIONS.items():
+        kind = type(cli_options.make_algorithm(algorithm_args(name)))
+        fields = dataclasses.asdict(kind())
+        assert options == {k: fields[k] if options[k] is not None else None for k in options}
+        assert name == "finessl" or set(options) == set(fields) # every argument has an option
+        assert cli_options.make_algorithm(algorithm_args(name)) == kind()
+
+
+def algorithm_args(name, *argv):
+    return cli_main.make_parser().parse_args(["train", "--data", "d", "--out", "r", "--algorithm", name, *argv])
 
 
 def test_help_names_every_default(finessl):
     _, out, _ = finessl("train", "--help")
-    for options in cli_options.OPTIONS.values():
+    for name, options in cli_options.OPTIONS.items():
         for key, value in options.items():
-            text = re.search(rf"^  --{key} .*?\(default:\s+(.*?)\)", out, re.M | re.S)
-            assert text[1] == (value if isinstance(value, str) else f"{value:g}"), key
+            option = cli_options.FLAGS[key][0]
+            text = " ".join(re.search(rf"^  {option} .*?(?=^  --|^\S)", out, re.M | re.S)[0].split())
+            assert text.startswith(option) and (name in text or cli_options.owners(key) == ["finessl"])
+            if value is True: continue # a switch
+            first, *others = re.search(r"\(default: (.*?)\)", text)[1].split("; ")
+            said = dict(s.split(" ", 1) for s in others).get(name, first)
+            assert said == ("by its form" if value is None else value if isinstance(value, str) else f"{value:g}"), key
 
 
 def test_options_reach_the_algorithm():
@@ -129,6 +140,48 @@ def test_options_reach_the_algorithm():
     assert cli_options.make_algorithm(args) == FineSSL(gamma=1., form="paper", alpha=0.)
     args = cli_main.make_parser().parse_args("train --data digits --out r --algorithm fixmatch --tau .9".split())
     assert cli_options.make_algorithm(args) == FixMatch(tau=.9)
+
+
+@pytest.mark.parametrize("line, algorithm", [
+    ("pseudo-label --tau .9 --weight 1 --ramp-start 0 --ramp-end 80 --view strong",
+     rivals.PseudoLabel(tau=.9, weight=1., ramp_start=0, ramp_end=80, view="strong")),
+    ("flexmatch --tau .9 --no-warm-up --mapping linear --strong-views 2",
+     rivals.FlexMatch(tau=.9, warm_up=False, mapping="linear", n_strong=2)),
+    ("freematch --momentum-stats .9 --fairness -.1 --weight 2",
+     rivals.FreeMatch(momentum=.9, fairness=-.1, weight=2.)),
+    ("softmatch --momentum-stats .9 --n-sigma 1 --no-alignment", rivals.SoftMatch(.9, 1., alignment=False)),
+    ("adamatch --tau .8 --no-alignment", rivals.AdaMatch(tau=.8, alignment=False)),
+    ("debiaspl --debias 1 --no-marginal", rivals.DebiasPL(debias=1., marginal=False)),
+    ("finessl --form paper --strong-views 2", FineSSL(form="paper", n_strong=2)),
+    ("finessl --form paper", FineSSL(form="paper", n_strong=1)),
+    ("labelled-only", SupervisedOnly())])
+def test_options_reach_every_algorithm(line, algorithm):
+    assert cli_options.make_algorithm(algorithm_args(*line.split())) == algorithm
+
+
+def test_a_rival_is_trained_resumed_and_used(finessl, tmp_path, monkeypatch):
+    "By the command: stopped after a step, gone on with, as a run that nobody stopped; another option is refused."
+    argv = ["train", "--data", "digits", "--per-class", "1", "--steps", "6", "--batch", "5", "--prompts", "1",
+            "--evals", "2", "--quiet", "--algorithm", "freematch"]
+    one, real = "--momentum-stats .9 --fairness .1".split(), rivals.FreeMatch.__call__
+    def stops(self, logits, state):
+        signal.raise_signal(signal.SIGINT)
+        return real(self, logits, state)
+    assert finessl(*argv, *one, "--out", "whole")[0] == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(rivals.FreeMatch, "__call__", stops)
+        assert finessl(*argv, *one, "--out", "run")[0] == 130
+    code, _, err = finessl(*argv, "--momentum-stats", ".8", "--fairness", ".1", "--out", "run", "--resume")
+    assert code == 1 and "algorithm.momentum: 0.9 there, 0.8 here" in err
+    assert finessl(*argv, *one, "--out", "run", "--resume") == (0, "", "")
+    read = lambda name: json.loads((tmp_path / name / "record.json").read_text())
+    run, whole = read("run"), read("whole")
+    assert run["algorithm"] == {"name": "FreeMatch", "momentum": .9, "fairness": .1, "weight": 1., "n_strong": 1}
+    assert run["resumes"] and [e["loss"] for e in run["evaluations"]] == [e["loss"] for e in whole["evaluations"]]
+    assert (tmp_path / "run/model.safetensors").read_bytes() == (tmp_path / "whole/model.safetensors").read_bytes()
+    x = digits(1, 0).x_test[0].permute(1, 2, 0).numpy()
+    Image.fromarray(x).save(tmp_path / "a.png")
+    assert finessl("predict", "--run", "run", "a.png")[1].startswith("file,class,confidence,")
 
 
 # ---------------------------------------------------------------- mistakes
@@ -141,7 +194,12 @@ def test_options_reach_the_algorithm():
     (["--lr", "nan"], "--lr: must be finite and > 0, got nan"),
                                         (["--gamma", "inf"], "--gamma: must be finite and >= 0, got inf"),
     (["--algorithm", "fixmatch", "--gamma", "1"], "--gamma belongs to --algorithm finessl, not to fixmatch"),
-    (["--tau", ".9"], "--tau belongs to --algorithm fixmatch, not to finessl"),
+    (["--tau", ".9"],
+     "--tau belongs to --algorithm fixmatch, pseudo-label, flexmatch, adamatch or debiaspl, not to finessl"),
+    (["--algorithm", "softmatch", "--n-sigma", "0"], "--n-sigma: must be > 0, got 0"),
+    (["--algorithm", "freematch", "--mapping", "linear"], "--mapping belongs to --algorithm flexmatch, not to freema"),
+    (["--algorithm", "pseudo-label", "--ramp-end", "50"], "--ramp-end must be >= --ramp-start, got 50 and 100"),
+    (["--algorithm", "flexmach"], "invalid choice: 'flexmach'"),
     (["--peft", "linear", "--prompts", "3"], "--prompts belongs to --peft vpt"),
     (["--backbone", "resnet"], "resnet"),
     (["--stepz", "3"], "there is no option --stepz; did you mean --steps? (see finessl train --help)"),
@@ -240,8 +298,8 @@ def test_debug_shows_the_traceback(finessl, monkeypatch):
 def test_the_unexpected_is_one_line_too(refused, monkeypatch):
     def broken(args): raise RuntimeError("first\nsecond")
     monkeypatch.setattr(cli_train, "load_dataset", broken)
-    assert "RuntimeError: first second (FINESSL_DEBUG=1" in refused("train", "--data", "digits", "--per-class", "1",
-                                                                    "--out", "run", code=1)
+    said = refused("train", "--data", "digits", "--per-class", "1", "--out", "run", code=1)
+    assert "RuntimeError: first second (FINESSL_DEBUG=1" in said
 
 
 # ---------------------------------------------------------------- runs
@@ -253,7 +311,7 @@ def test_train_says_what_it_did(trained):
     assert record["command"].startswith("finessl train --data ")
     assert record["algorithm"]["name"] == "FineSSL"
     assert record["n_prompts"] == 2
-    assert {p.name for p in run.iterdir()} - {".lock"} == {"record.json", "model.safetensors"}
+    assert {p.name for p in run.iterdir()} - {".lock", ".finessl-run"} == {"record.json", "model.safetensors"}
 
 
 def test_a_finished_folder_is_refused(refused, trained, folder):
@@ -265,9 +323,8 @@ def test_a_finished_folder_is_refused(refused, trained, folder):
 
 
 def test_quiet(finessl, folder):
-    assert finessl("train", "--data", folder, *TINY, "--algorithm", "labelled-only", "--out", "run", "--quiet") == (0,
-                                                                                                                    "",
-                                                                                                                    "")
+    done = finessl("train", "--data", folder, *TINY, "--algorithm", "labelled-only", "--out", "run", "--quiet")
+    assert done == (0, "", "")
 
 
 def test_a_loss_that_is_not_finite(refused, tmp_path):
@@ -275,8 +332,8 @@ def test_a_loss_that_is_not_finite(refused, tmp_path):
     assert "not finite at step 1" in refused(*argv, code=1)
     assert (tmp_path / "run/checkpoint.pt").exists() and not (tmp_path / "run/record.json").exists()
     assert "--resume" in refused(*argv)
-    assert "; no checkpoint was written" in refused(*argv[:-4], "--out", "other",
-                                                    code=1) and not (tmp_path / "other").exists()
+    assert "; no checkpoint was written" in refused(*argv[:-4], "--out", "other", code=1)
+    assert not (tmp_path / "other").exists()
 
 
 def test_seeds_are_separate(finessl, tmp_path):
@@ -285,8 +342,8 @@ def test_seeds_are_separate(finessl, tmp_path):
                        *argv)[0] == 0
         return json.loads((tmp_path / name / "record.json").read_text())
     a, b = run("a", "--seed", "3"), run("b", "--seed", "3", "--split-seed", "4", "--init-seed", "5")
-    assert (a["seed"], a["dataset"]["seed"], a["init_seed"]) == (3, 3, 3) and (b["seed"], b["dataset"]["seed"],
-                                                                               b["init_seed"]) == (3, 4, 5)
+    assert (a["seed"], a["dataset"]["seed"], a["init_seed"]) == (3, 3, 3)
+    assert (b["seed"], b["dataset"]["seed"], b["init_seed"]) == (3, 4, 5)
 
 
 # ---------------------------------------------------------------- predict
@@ -309,8 +366,8 @@ def test_predict_is_run_predict(finessl, trained, folder, tmp_path):
     right = [line[1] == Path(line[0]).parent.name for line in lines[:12]]
     record = json.loads((run / "record.json").read_text())
     assert sum(right) / 12 == pytest.approx(record["evaluations"][-1]["accuracy"], abs=1e-6)
-    assert finessl("predict", "--run", run, folder / "test", folder / "unlabelled/0.png", "--out", "p.csv") == (0, "",
-                                                                                                                "")
+    done = finessl("predict", "--run", run, folder / "test", folder / "unlabelled/0.png", "--out", "p.csv")
+    assert done == (0, "", "")
     assert (tmp_path / "p.csv").read_text() == out
 
 
@@ -319,9 +376,10 @@ def test_predict_names_what_it_cannot_read(refused, finessl, trained, folder, tm
     damaged(folder, tmp_path, lambda d: cut(d / "test/one/7.png"))
     said = refused("predict", "--run", run, "data/test", "--out", "p.csv").replace("\\", "/")
     assert "test/one/7.png" in said and "leave such files out with --skip-unreadable" in said
-    assert not (tmp_path / "p.csv").exists()
+    table = (tmp_path / "p.csv").read_text() # of the others
     code, out, err = finessl("predict", "--run", run, "data/test", "--skip-unreadable")
-    assert code == 0 and len(rows(out)) == 12 and err == "finessl: left out as unreadable: 1 of 12 files\n"
+    assert code == 0 and out == table and len(rows(out)) == 12
+    assert err == "finessl: left out as unreadable: 1 of 12 files\n"
     (tmp_path / "nothing").mkdir()
     assert "nothing holds no image files" in refused("predict", "--run", run, "nothing")
     assert "nowhere.png: path does not exist" in refused("predict", "--run", run, "nowhere.png")
@@ -396,8 +454,8 @@ def test_demo(finessl, tmp_path):
     for name in ("labelled-only", "fixmatch", "finessl"):
         record = json.loads((where / name / "record.json").read_text())
         assert record["backbone_hash"] == load_backbone("pocket").hash
-        assert record["evaluations"][-1]["accuracy"] == next(r["accuracy"] for k,
-                                                             r in table.items() if k.lower() == name)
+        [row] = [r for k, r in table.items() if k.lower() == name]
+        assert record["evaluations"][-1]["accuracy"] == row["accuracy"]
     code, out, _ = finessl("predict", "--run", where / "finessl", where / "images")
     assert code == 0 and len(rows(out)) == 11
     assert finessl("demo", "--steps", "1", "--quiet") == (0, "", "")       # replaces the first

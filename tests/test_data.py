@@ -62,9 +62,8 @@ def test_every_mode_becomes_rgb(tmp_path, mode):
     elif mode == "P": image = grey.convert("RGB").convert("P", palette=Image.Palette.ADAPTIVE)
     else: image = grey.convert("RGB").convert(mode)
     x = pixels(save(tmp_path / ("a.tiff" if mode in ("I", "YCbCr", "CMYK") else "a.png"), image))
-    want = torch.from_numpy(np.array(grey.convert("1") if mode == "1" else grey).astype(np.int32)) * (255
-                                                                                                      if mode == "1"
-                                                                                                      else 1)
+    want = torch.from_numpy(np.array(grey.convert("1") if mode == "1" else grey).astype(np.int32))
+    if mode == "1": want = want * 255
     assert x.dtype == torch.uint8 and x.shape == (3, 24, 24)
     assert (x.int() - want).abs().max() <= 3
 
@@ -158,8 +157,8 @@ def test_lazy_and_eager_give_the_same(folder):
         assert a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b[:])
     assert eager.split.hash == lazy.split.hash and lazy.x_ulb.size == 256
     kept = holdout(lazy, n=3)
-    assert isinstance(kept.x_ulb, ImageFiles) and len(kept.x_ulb) == 12 and torch.equal(kept.x_ulb[kept.split.idx_lb],
-                                                                                        kept.x_lb[:])
+    assert isinstance(kept.x_ulb, ImageFiles) and len(kept.x_ulb) == 12
+    assert torch.equal(kept.x_ulb[kept.split.idx_lb], kept.x_lb[:])
 
 
 def test_indexing_image_files(folder):
@@ -167,8 +166,8 @@ def test_indexing_image_files(folder):
     whole = x[:]
     for idx in (slice(2, 9, 3), [4, 4, 0], torch.tensor([12, 1]), np.array([3, 2]), torch.arange(13) > 8, slice(5, 5)):
         assert torch.equal(x[idx], whole[idx])
-    assert torch.equal(x[-2], whole[-2]) and torch.equal(x[np.int64(3)], whole[3]) and torch.equal(torch.stack(list(x)),
-                                                                                                   whole)
+    assert torch.equal(x[-2], whole[-2]) and torch.equal(x[np.int64(3)], whole[3])
+    assert torch.equal(torch.stack(list(x)), whole)
     with pytest.raises(IndexError): x[13]
 
 

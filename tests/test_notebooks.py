@@ -1,4 +1,7 @@
-"Every notebook runs top-down; cells marked slow or cuda are left out."
+"""Every notebook runs top-down, several in one process as in `nbdev_test`; cells marked slow or cuda are left out.
+
+Those in `MINUTES` have a command of their own: `python -m pytest -m slow tests/test_notebooks.py`.
+"""
 from pathlib import Path
 import matplotlib
 import pytest
@@ -6,9 +9,12 @@ from nbdev.test import test_nb as run_notebook
 
 root = Path(__file__).resolve().parent.parent
 notebooks = sorted(p for p in (root / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
+MINUTES = ("studies/mechanisms.ipynb",) # hundreds of runs in the lab
+name_of = lambda path: path.relative_to(root / "nbs").as_posix()
+params = [pytest.param(p, id=name_of(p), marks=[pytest.mark.slow] if name_of(p) in MINUTES else []) for p in notebooks]
 
 
-@pytest.mark.parametrize("notebook", notebooks, ids=[str(p.relative_to(root / "nbs")) for p in notebooks])
+@pytest.mark.parametrize("notebook", params)
 def test_notebook(notebook, monkeypatch):
     monkeypatch.setenv("MPLBACKEND", "agg")
     with matplotlib.rc_context(matplotlib.rcParamsDefault): # one notebook's settings are not the next one's

@@ -1,6 +1,6 @@
 """Whoever opens a notebook in JupyterLab and chooses Run All gets to its end, and no file of the project has changed.
 
-Jupyter knows nothing of nbdev's directives: every cell runs. Each notebook has a kernel of its own, in a copy of the project.
+Jupyter knows nothing of nbdev directives: every cell runs, in a kernel of its own a notebook, in a copy of the project.
 Takes a quarter of an hour on two cores: `python -m pytest -m slow tests/test_run_all.py`.
 """
 import hashlib, shutil, subprocess, sys

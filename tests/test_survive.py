@@ -12,7 +12,7 @@ from PIL import Image
 from finessl.cli import demo as cli_demo
 from finessl.cli import main as cli_main
 from finessl import training
-from finessl.engine import batches, checkpoint, prefetch, runs, storage
+from finessl.engine import batches, prefetch, storage
 from finessl.algorithms import FineSSL
 from finessl.engine.errors import DataError
 from finessl.data import digits
@@ -22,7 +22,7 @@ from finessl.pseudo_labels import FixMatch, SupervisedOnly
 from finessl.engine.schedule import Schedule
 from finessl.engine.errors import TrainingError
 from finessl.training import fit
-from finessl.engine.storage import lock_folder, lock
+from finessl.engine.storage import MARKER, lock_folder
 from finessl.engine.runs import load_run
 from test_training import ENV, few, outcome, same_record
 
@@ -55,34 +55,33 @@ def die(): os.kill(os.getpid(), signal.SIGKILL)
 
 def kill_in_write(name, n=1):
     "SIGKILL when half of the `n`-th file called `name` is on the disk."
-    real, seen = storage.write_atomic, []
-    def dying(path, write, keep=None):
-        seen.append(Path(path).name)
+    real, seen = storage.replace_file, []
+    def dying(folder, file, content, *args, **how):
+        seen.append(file)
         def half(tmp):
-            write(tmp)
-            os.truncate(tmp, tmp.stat().st_size // 2)
+            tmp.write_bytes(content[:len(content) // 2])
             die()
-        real(path, half if seen.count(name) == n and seen[-1] == name else write, keep)
-    for room in (checkpoint, runs, storage): room.write_atomic = dying
+        real(folder, file, half if seen.count(name) == n and file == name else content, *args, **how)
+    storage.replace_file = dying
 
 
 def kill_before_rename(n):
     "SIGKILL before the `n`-th renaming of this process."
     real, calls = os.replace, []
-    def dying(*args):
+    def dying(*args, **folders):
         calls.append(1)
         if len(calls) == n: die()
-        real(*args)
+        real(*args, **folders)
     os.replace = dying
 
 
 def kill_before_removal(name):
     "SIGKILL before a file of this name is removed."
-    real = Path.unlink
-    def dying(self, *args, **kwargs):
-        if self.name == name: die()
-        real(self, *args, **kwargs)
-    Path.unlink = dying
+    real = os.unlink
+    def dying(path, **folder):
+        if Path(path).name == name: die()
+        real(path, **folder)
+    os.unlink = dying
 
 
 def at_step(t, f, algorithm=FineSSL):
@@ -95,9 +94,13 @@ def at_step(t, f, algorithm=FineSSL):
     algorithm.__call__ = call
 
 
-def no_space_for(out, name):
-    "The next `name` that this process writes goes to /dev/full, which has no space left."
-    (out / f".{name}.{os.getpid()}.tmp").symlink_to("/dev/full")
+def no_space_for(name):
+    "The next `name` that this process writes finds no space left."
+    real = storage.replace_file
+    def full(folder, file, content, *args, **how):
+        if file != name: return real(folder, file, content, *args, **how)
+        with open("/dev/full", "wb") as f: f.write(b"0" * 2**20)
+    storage.replace_file = full
 
 
 def limit(what, value): resource.setrlimit(what, (value, value))
@@ -132,9 +135,8 @@ def small_disk(out, kib):
     libc, out = ctypes.CDLL(None, use_errno=True), str(out).encode()
     new_mounts, new_user, private = 0x20000, 0x10000000, 0x4000 | 1 << 18
     if libc.unshare(new_mounts) and libc.unshare(new_mounts | new_user): sys.exit(77)
-    if libc.mount(b"none", b"/", None, private, None) or libc.mount(b"tmpfs", out, b"tmpfs", 0,
-                                                                    f"size={kib}k".encode()):
-        sys.exit(77)
+    if libc.mount(b"none", b"/", None, private, None): sys.exit(77)
+    if libc.mount(b"tmpfs", out, b"tmpfs", 0, f"size={kib}k".encode()): sys.exit(77)
     # mount it again, with another size
     return lambda kib: libc.mount(b"tmpfs", out, b"tmpfs", 32, f"size={kib}k".encode())
 
@@ -142,7 +144,7 @@ def small_disk(out, kib):
 def on_a_small_disk(out, text):
     "A command on a disk that is full after its first checkpoint, and once more when it has grown."
     (out.parent / "disk").mkdir()
-    grow = small_disk(out.parent / "disk", 100)
+    grow = small_disk(out.parent / "disk", 108) # marker and lock take a page each
     first = cli_main.main(shlex.split(text)[1:])
     left = sorted(f.name for f in (out.parent / "disk/run").iterdir())
     grow(1000)
@@ -153,14 +155,14 @@ def on_a_small_disk(out, text):
 
 TRAIN = (f"finessl train --data digits --per-class 1 --steps {STEPS} --batch 4 --prompts 2 --evals 1 "
          f"--checkpoint-every {EVERY} --quiet --out")
-MUCH = TRAIN.replace("--batch 4", "--batch 256").replace(f"--steps {STEPS}", "--steps 6").replace(f"every {EVERY}",
-                                                                                                  "every 2")
+MUCH = TRAIN.replace("--batch 4", "--batch 256").replace(f"--steps {STEPS}", "--steps 6")
+MUCH = MUCH.replace(f"every {EVERY}", "every 2")
 
 FAULTS = {   # name -> what is put into place, what is run, given the folder of the run
     "the first checkpoint half written": (lambda o: kill_in_write("checkpoint.pt"), go),
     "a checkpoint half written": (lambda o: kill_in_write("checkpoint.pt", 2), go),
-    "a checkpoint written, nothing renamed": (lambda o: kill_before_rename(2), go),
-    "between the two renames": (lambda o: kill_before_rename(3), go),
+    "a checkpoint written, nothing renamed": (lambda o: kill_before_rename(3), go),
+    "between the two renames": (lambda o: kill_before_rename(4), go),
     "the model half written": (lambda o: kill_in_write("model.safetensors"), go),
     "the model there, the record not": (lambda o: kill_in_write("record.json"), go),
     "the record there, the checkpoints too": (lambda o: kill_before_removal("checkpoint.pt"), go),
@@ -168,8 +170,8 @@ FAULTS = {   # name -> what is put into place, what is run, given the folder of 
                                        **k: go(o, overwrite=True, **k)),
     "no space for a checkpoint": (lambda o: at_step(8, lambda: limit(resource.RLIMIT_FSIZE, 4096)), lambda o,
                                   resume=False: terminal(f"{TRAIN} {o}" + " --resume" * resume)),
-    "no space for the model": (lambda o: at_step(STEPS, lambda: no_space_for(o, "model.safetensors")), go),
-    "no space for the record": (lambda o: at_step(STEPS, lambda: no_space_for(o, "record.json")), go),
+    "no space for the model": (lambda o: at_step(STEPS, lambda: no_space_for("model.safetensors")), go),
+    "no space for the record": (lambda o: at_step(STEPS, lambda: no_space_for("record.json")), go),
     "no memory": (lambda o: at_step(6, little_memory), lambda o,
                   resume=False: terminal(f"{MUCH} {o}" + " --resume" * resume)),
     "read-only from a step on": (lambda o: read_only(o, 8), lambda o,
@@ -206,9 +208,8 @@ def child(out, f, *before):
             sys.stdout.flush(), sys.stderr.flush()
             os._exit(code)
     code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    return {"code": code,
-            "files": sorted(f.name for f in out.iterdir()) if out.is_dir() else None} | {t.name: t.read_text()
-                                                                                         for t in texts}
+    files = sorted(f.name for f in out.iterdir()) if out.is_dir() else None
+    return {"code": code, "files": files} | {t.name: t.read_text() for t in texts}
 
 
 def every_fault(where: Path) -> dict:
@@ -255,7 +256,7 @@ def happened(tmp_path_factory):
 def ends_as(happened, name, whole):
     "The resume after a fault has the weights and the record of the run that nothing struck."
     second = happened[name]["second"]
-    assert second["code"] == 0 and second["files"] == ["model.safetensors", "record.json"], happened[name]
+    assert second["code"] == 0 and second["files"] == [MARKER, "model.safetensors", "record.json"], happened[name]
     a, b = (outcome(Path(happened[n]["out"])) for n in (name, whole))
     assert a[0] == b[0]
     for r in (a[1], b[1]): r.pop("command")
@@ -268,7 +269,7 @@ KILLS = {   # name of the fault -> what is half written, what is whole, the step
     "the first checkpoint half written": ("checkpoint.pt", set(), []),
     "a checkpoint half written": ("checkpoint.pt", {"checkpoint.pt"}, [4]),
     "a checkpoint written, nothing renamed": ("checkpoint.pt", {"checkpoint.pt"}, [4]),
-    "between the two renames": ("checkpoint.pt", {"previous-checkpoint.pt"}, [4]),
+    "between the two renames": ("checkpoint.pt", {"checkpoint.pt", "previous-checkpoint.pt"}, [4]),
     "the model half written": ("model.safetensors", {"checkpoint.pt", "previous-checkpoint.pt"}, [8]),
     "the model there, the record not": ("record.json", {"checkpoint.pt", "previous-checkpoint.pt", "model.safetensors"},
                                         [8]),
@@ -302,15 +303,14 @@ def test_killed_when_all_is_written(happened):
 @pytest.mark.parametrize("name, file, step, whole",
                          [("no space for a checkpoint", "checkpoint.pt", 4, "train"),
                           ("no space for the model", "model.safetensors", 8, "go"),
-                                                     ("no space for the record", "record.json", 8, "go")])
+                          ("no space for the record", "record.json", 8, "go")])
 def test_no_space_is_one_clear_error_and_keeps_the_last_checkpoint(happened, name, file, step, whole):
     f = happened[name]
     says = (f"no space left while writing {Path(f['out']) / file}; the checkpoint of step {step} is kept: "
             "go on with resume=True (--resume) once there is room\n")
     assert f["first"]["code"] == 1 and f["first"]["stderr"].partition(": ")[2].removeprefix("error: ") == says
-    assert "checkpoint.pt" in f["first"]["files"] and not {n
-                                                           for n in f["first"]["files"]
-                                                           if n in ("record.json", ".lock") or n.endswith(".tmp")}
+    left = f["first"]["files"]
+    assert "checkpoint.pt" in left and not {n for n in left if n in ("record.json", ".lock") or n.endswith(".tmp")}
     assert ends_as(happened, name, whole) == [step]
 
 
@@ -318,8 +318,8 @@ def test_no_space_is_one_clear_error_and_keeps_the_last_checkpoint(happened, nam
 def test_a_disk_that_is_full_and_then_grows(happened):
     f = happened["disk"]
     if f["first"]["code"] == 77: pytest.skip("no disk may be mounted here; the tests before this one need none")
-    assert json.loads(f["first"]["stdout"]) == [1, ["checkpoint.pt", "previous-checkpoint.pt"],
-                                                0] and f["first"]["stderr"].count("\n") == 1
+    assert json.loads(f["first"]["stdout"]) == [1, [MARKER, "checkpoint.pt", "previous-checkpoint.pt"], 0]
+    assert f["first"]["stderr"].count("\n") == 1
     assert "no space left while writing" in f["first"]["stderr"]
     weights = lambda out: (Path(out) / "model.safetensors").read_bytes()
     assert weights(f["out"]) == weights(happened["train"]["out"])
@@ -399,8 +399,8 @@ def test_a_stopped_demo_goes_on_by_the_command_that_it_prints(happened, name):
         assert a[0] == b[0]
         assert a[1].pop("command").removesuffix(str(out)) == b[1].pop("command").removesuffix(str(whole))
         same_record(a[1], b[1])
-        assert [r["step"] for r in a[1]["resumes"]] == ([STOPS[name][1]] if method == name
-                                                        and "checkpoint" in STOPS[name][2] else [])
+        went_on = method == name and "checkpoint" in STOPS[name][2]
+        assert [r["step"] for r in a[1]["resumes"]] == ([STOPS[name][1]] if went_on else [])
     # another demo than the one there
     if name == "FineSSL": assert cli_main.main(shlex.split(f"demo --out {out} --steps 3 --resume")) == 1
 
@@ -419,16 +419,6 @@ def test_the_locks_file_goes_with_the_lock(tmp_path):
     assert list(run.iterdir()) == []                            # one that was there before stays
     with lock_folder(tmp_path / "new"): (tmp_path / "new/file").write_text("kept")
     assert [p.name for p in (tmp_path / "new").iterdir()] == ["file"]
-
-
-@linux
-def test_a_lock_on_a_file_that_is_gone_is_none(tmp_path):
-    path = tmp_path / ".lock"
-    # opened, and before it is locked removed by the one who held it
-    with open(path, "a+") as old:
-        path.unlink()
-        assert not lock(old, path)
-        with open(path, "a+") as new: assert lock(new, path)
 
 
 # ---------------------------------------------------------------- image files that break
@@ -553,8 +543,8 @@ def test_on_the_command_line(photos, tmp_path, monkeypatch, capsys):
     out, record = capsys.readouterr().out, json.loads((tmp_path / "run/record.json").read_text())
     assert record["dataset"]["unreadable"] == ["train/0/7.png"]
     assert record["unreadable"] == ["test/0/0.png", "train/1/6.png"] and record["resumes"][0]["step"] == 7
-    assert "left out as unreadable: 1" in out and ("left out as unreadable while training: 2 (test/0/0.png, …), named "
-                                                   "in record.json") in out
+    assert "left out as unreadable: 1" in out
+    assert "left out as unreadable while training: 2 (test/0/0.png, …), named in record.json" in out
     n = record["n_test"] - 1
     assert f"of {n} test images right" in out and record["evaluations"][-1]["accuracy"] in [k / n for k in range(n + 1)]
     assert cli_main.main(shlex.split("train --data digits --per-class 1 --out other --skip-unreadable")) == 2

@@ -16,7 +16,7 @@ from finessl.pseudo_labels import FixMatch, SupervisedOnly
 from finessl.engine.schedule import Schedule
 from finessl.engine.errors import TrainingError
 from finessl.training import fit
-from finessl.engine.storage import lock_folder
+from finessl.engine.storage import MARKER, lock_folder
 from finessl.engine.runs import load_run
 
 root = Path(__file__).resolve().parent.parent
@@ -85,7 +85,7 @@ def test_stopped_once_and_killed_three_times_ends_as_an_unbroken_run(tmp_path, u
     same_record(record, unbroken[1])
     steps = [r["step"] for r in record["resumes"]]
     assert len(steps) == 4 and 0 < steps[0] < steps[1] < steps[2] < steps[3] < 150
-    assert {f.name for f in (tmp_path / "run").iterdir()} == {"model.safetensors", "record.json"}
+    assert {f.name for f in (tmp_path / "run").iterdir()} == {MARKER, "model.safetensors", "record.json"}
 
 
 @posix
@@ -141,7 +141,8 @@ def interrupted(encoder, out, after, algorithm=FineSSL(), **changes):
 
 CASES = {"FineSSL": {}, "FineSSL, paper's form": dict(algorithm=FineSSL(form="paper")),
          "FixMatch": dict(algorithm=FixMatch()), "labelled-only": dict(algorithm=SupervisedOnly()),
-         "heads alone": dict(peft="linear"), "bf16": dict(precision="bf16"),
+         "heads alone": dict(peft="linear"), "heads from means": dict(head_init="means"),
+         "bf16": dict(precision="bf16"),
          "labelled images dropped": dict(labelled="release"), "per epoch": dict(schedule=Schedule(12, decay="epoch"))}
 
 
@@ -232,10 +233,11 @@ def test_a_log_gets_a_line_at_each_evaluation(encoder, capsys):
 
 
 def test_a_checkpoint_of_something_else_is_refused(encoder, tmp_path):
-    (tmp_path / "run").mkdir()
-    torch.save({"weights": torch.zeros(3)}, tmp_path / "run/checkpoint.pt")
-    with pytest.raises(TrainingError, match="not a checkpoint of finessl"):
-        run(encoder, out=tmp_path / "run", resume=True)
+    (tmp_path / "other").mkdir()
+    with lock_folder(tmp_path / "run") as held: held.mark(), held.write("checkpoint.pt", b"")
+    for name, says in (("run", "not a checkpoint of finessl"), ("other", "which this version of finessl did not make")):
+        torch.save({"weights": torch.zeros(3)}, tmp_path / name / "checkpoint.pt")
+        with pytest.raises(TrainingError, match=says): run(encoder, out=tmp_path / name, resume=True)
 
 
 def test_ctrl_c_in_the_last_step_ends_a_loop_over_runs_and_keeps_the_run(encoder, tmp_path, monkeypatch):
@@ -315,17 +317,18 @@ def test_another_encoder_is_not_taken_for_the_runs(tmp_path):
     with pytest.raises(ValueError, match="other weights"): load_run(tmp_path / "run")
 
 
-def test_a_killed_write_leaves_nothing_behind(encoder, tmp_path):
+def test_a_hidden_file_of_somebody_else_stays(encoder, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run/.checkpoint.pt.99999.tmp").write_bytes(b"half")
     run(encoder, out=tmp_path / "run")
-    assert {f.name for f in (tmp_path / "run").iterdir()} == {"model.safetensors", "record.json"}
+    there = {f.name for f in (tmp_path / "run").iterdir()}
+    assert there == {MARKER, ".checkpoint.pt.99999.tmp", "model.safetensors", "record.json"}
 
 
 @pytest.mark.parametrize("changes, says",
                          [(dict(batch=0), "batch must be a whole number >= 1, got 0"),
                           (dict(batch="a"), "batch must be a whole number >= 1, got 'a'"), (dict(evals=0), "evals"),
-                          (dict(schedule=Schedule(0)), "steps"), (dict(mu=0), "mu"), (dict(peft="lora"), "peft"),
+                          (dict(schedule=Schedule(0)), "steps"), (dict(mu=0), "mu"), (dict(peft="lara"), "peft"),
                                            (dict(precision="fp8"), "precision"),
                           (dict(schedule=Schedule(5, decay="week")), "decay"), (dict(labelled="some"), "labelled"),
                           (dict(checkpoint_every=0), "checkpoint_every"),

@@ -115,7 +115,7 @@ def test_nothing_but_the_record_changes_by_being_watched(encoder, monkeypatch):
 def test_no_random_number_is_drawn(encoder):
     setup = training.prepare(small(), encoder, FineSSL(), Settings(batch=8))
     state, before = training.build_state(setup), torch.get_rng_state()
-    state.watch.begin(state.model, setup.settings, setup.group)
+    state.watch.begin(setup)
     assert torch.equal(torch.get_rng_state(), before) and len(state.watch.probe) == 200
 
 
@@ -168,7 +168,8 @@ def test_two_processes_see_what_one_sees(encoder):
 
 
 def test_advice_fits_the_run():
-    given = {"peft": "vpt", "prompt_init": "random", "batch": 32, "schedule": {"steps": 200, "lr": .03}}
+    given = {"peft": "vpt", "prompt_init": "random", "head_init": "random", "batch": 32,
+             "schedule": {"steps": 200, "lr": .03}}
     of = lambda name, a, **more: advice(name, a, given | {"algorithm": vars(a)} | more)
     assert "--gamma 1" in of("collapse", FineSSL()) and "gamma" not in of("collapse", FineSSL(gamma=1.))
     assert "--prompt-init" not in of("collapse", FineSSL(), prompt_init="tokens")

@@ -20,7 +20,8 @@ from ..engine.images import read_image
 from ..engine.launch import launch
 from ..engine.processes import ProcessGroup
 from ..engine.schedule import PAPER_SCHEDULE, cosine_lr
-from ..engine.storage import write_json
+from ..engine.errors import UsageError
+from ..engine.storage import check_target, write_json
 from ..peft import build_model, trainable_state_dict
 from ..training import Runtime, Settings, batches, build_state, prepare, train_step
 from ..views import IMAGENET_MEAN, IMAGENET_STD, natural_views
@@ -128,11 +129,15 @@ def main(argv: list[str]|None = None) -> int: # argv: None: of the command line;
                    help="separated by commas (default: 1,2,4)")
     p.add_argument("--steps", type=int, default=5, help="timed steps each (default: %(default)s)")
     p.add_argument("--prompts", type=int, default=50, help="prompts per layer (default: %(default)s)")
+    p.add_argument("--overwrite", action="store_true", help="let --out replace a file that finessl did not make")
     a = p.parse_args(argv)
+    ours = a.overwrite or b'{\n "encoder": '                   # as a record begins
+    try: check_target(a.out, ours)                             # before the minutes of measuring
+    except UsageError as e: p.error(str(e))
     record = measure_scaling(a.backbone, a.image_size, a.batch, a.processes, a.steps, a.prompts,
                              say=lambda text: print(text, file=sys.stderr, flush=True))
     command = " ".join(["python -m finessl.devices", *(sys.argv[1:] if argv is None else argv)])
-    write_json(a.out, record | {"command": command})
+    write_json(a.out, record | {"command": command}, ours)
     return 0
 
 # %% ../../nbs/bench/scaling.ipynb #edfe0f22

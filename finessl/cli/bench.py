@@ -9,6 +9,7 @@ __all__ = ['VARIANTS', 'BENCH', 'add_bench', 'bench_command']
 import json, sys
 from .options import check_backbone, path_type, ranged_type, resolve_device
 from ..engine.errors import UsageError
+from ..engine.storage import check_target, write_json
 
 # %% ../../nbs/cli/bench.ipynb #2bf2e64c
 VARIANTS = ("naive", "precision", "sdpa", "exact-prompts", "no-gradient", "pace-on-device", "batch-views",
@@ -47,12 +48,14 @@ def add_bench(commands, common):
                    help="of the encoder's arithmetic; naive on a CPU stays at float32 (default: bf16 on a GPU that "
                         "has it, else float32)")
     p.add_argument("--json", action="store_true", help="print the result as one JSON object on the last line")
-    p.add_argument("--out", metavar="FILE", type=path_type, help="write the result to a file too")
+    p.add_argument("--out", metavar="FILE", type=path_type,
+                   help="write the result to a file too; that of an earlier bench is replaced")
+    p.add_argument("--overwrite", action="store_true", help="let --out replace a file that finessl did not make")
 
 def bench_command(args):
     "finessl bench"
-    if args.out and not args.out.parent.is_dir():
-        raise UsageError(f"--out {args.out}: folder {args.out.parent} does not exist")
+    ours = args.overwrite or b'{\n "device": '                 # as a result begins
+    if args.out: check_target(args.out, ours)
     if unknown := [v for v in args.variants.split(",") if v not in ("chain", "all", *VARIANTS)]:
         there = ", ".join((*VARIANTS, "chain", "all"))
         raise UsageError(f"--variants: no variant is called {unknown[0]!r}; there are {there}")
@@ -62,7 +65,6 @@ def bench_command(args):
     from finessl.bench.runner import BenchConfig
     from finessl.gpu import ABLATION_ORDER
     from finessl.engine.precision import default_device
-    from finessl.engine.storage import write_json
     device = resolve_device(args.device) or default_device()
     every = [v for v in VARIANTS if v != "finessl-graphs" or device.startswith("cuda")]
     names = [v for word in args.variants.split(",") for v in {"chain": ABLATION_ORDER, "all": every}.get(word, [word])]
@@ -73,5 +75,5 @@ def bench_command(args):
                                    n_prompts=args.prompts)
     result = run_benchmark(config, tuple(dict.fromkeys(names)), args.steps, say) | {"command": args.command_line}
     print(bench_table(result))
-    if args.out: write_json(args.out, result)
+    if args.out: write_json(args.out, result, ours)
     if args.json: print(json.dumps(result))

@@ -11,9 +11,11 @@ __all__ = ['whole', 'TRAIN', 'add_images', 'add_model', 'add_schedule', 'add_mac
 import json, os, shlex, sys
 from pathlib import Path
 from .options import add_algorithm, algorithm_options, check_backbone, check_files, check_out
-from .options import env_rank, make_algorithm, path_type, ranged_type, resolve_device
+from .options import env_rank, make_algorithm, path_type, peft_type, ranged_type, resolve_device
 from ..engine.downloads import ARCHIVES
 from ..engine.errors import UsageError
+from ..engine.peft_names import SIZES
+from ..engine.storage import RUN_FILES, read_marker
 from ..studies.presets import presets
 
 # %% ../../nbs/cli/train.ipynb #b9bc70a3
@@ -48,14 +50,17 @@ def add_model(p):
     g.add_argument("--backbone", default="pocket", help="pocket, open_clip:ARCHITECTURE/PRETRAINED, or timm:NAME")
     g.add_argument("--checkpoint", metavar="FILE", type=path_type,
                    help="the encoder's weights in a local file (default: its pretrained ones)")
-    g.add_argument("--peft", choices=("vpt", "linear"), default="vpt",
-                   help="train prompts in every layer and heads, or heads alone")
+    g.add_argument("--peft", metavar="NAME", type=peft_type, default="vpt",
+                   help="what is trained beside the heads: vpt (prompts in every layer), linear (nothing), "
+                        f"{', '.join(SIZES)}; a size may follow, as in lora:8 (default: %(default)s)")
     g.add_argument("--prompts", metavar="P", type=whole,
                    help="prompts per layer, for --peft vpt (default: 50 for 197 tokens, as in the paper; 4 for the "
                         "pocket)")
     g.add_argument("--prompt-init", choices=("random", "tokens"), default="random",
                    help="prompts start at random, as in the paper, or as tokens of labelled images, for encoders that "
                         "random ones upset")
+    g.add_argument("--head-init", choices=("random", "means"), default="random",
+                   help="heads start at random, as in the paper, or at class means of the labelled images' features")
     g.add_argument("--init-seed", metavar="S", type=int, help="initial prompts and heads (default: as --seed)")
 
 def add_schedule(p):
@@ -114,6 +119,7 @@ TRAIN = """Train prompts and a head on a frozen encoder, from a few labelled and
 examples:
   finessl train --data digits --per-class 1 --out runs/digits
   finessl train --data photos --per-class 4 --out runs/photos --backbone timm:vit_tiny_patch16_224 --prompt-init tokens
+  finessl train --data digits --per-class 1 --out runs/free --algorithm freematch --momentum-stats .9
   finessl train --data digits --per-class 1 --out runs/digits --resume     after Ctrl-C or a crash"""
 
 # %% ../../nbs/cli/train.ipynb #363ade62
@@ -195,9 +201,13 @@ def check_data(args):
 def check_run_folder(args):
     "Refuse a folder that holds another run, finished or not."
     check_out(args.out)
-    if (args.out / "record.json").exists():
+    there = [name for name in RUN_FILES if os.path.lexists(args.out / name)] # `run_folder` looks again, under the lock
+    if there and read_marker(args.out) is None:
+        raise UsageError(f"--out {args.out} holds {there[0]}, which this version of finessl did not make; "
+                         "name another folder")
+    if "record.json" in there:
         raise UsageError(f"--out {args.out} holds a finished run; name another folder, or remove it")
-    if not args.resume and any(args.out.glob("*checkpoint.pt")):
+    if there and not args.resume:
         raise UsageError(f"--out {args.out} holds an unfinished run; "
                          "go on with --resume, name another folder, or remove it")
 
@@ -242,7 +252,7 @@ def settings_from_args(args, views): # -> Settings
     "What decides the result, from the command line."
     from finessl.engine.schedule import Schedule
     from finessl.training import Settings
-    names = ("batch", "mu", "labelled", "seed", "init_seed", "prompt_init", "precision", "evals", "peft")
+    names = ("batch", "mu", "labelled", "seed", "init_seed", "prompt_init", "head_init", "precision", "evals", "peft")
     return Settings(Schedule(args.steps, args.lr, args.decay, args.reset_pace_every), n_prompts=args.prompts,
                     views=views,
                     **{name: getattr(args, name) for name in names})

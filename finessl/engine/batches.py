@@ -74,10 +74,10 @@ def make_batch(
     if "weak" in algorithm.required_outputs:
         out["x_w"] = views.weak(images, sample_shard(views.weak, n, seed, step, [VIEW_WEAK], shard))
     if "strong" in algorithm.required_outputs:               # one call for all strong views
-        V = algorithm.n_strong
+        V, view = algorithm.n_strong, getattr(views, getattr(algorithm, "view", "strong")) # or made weakly
         streams = range(VIEW_STRONG, VIEW_STRONG + V)
-        out["x_s"] = views.strong(images.repeat(V, *[1] * (images.ndim - 1)),
-                                  sample_shard(views.strong, n, seed, step, streams, shard))
+        out["x_s"] = view(images.repeat(V, *[1] * (images.ndim - 1)),
+                          sample_shard(view, n, seed, step, streams, shard))
     return out
 
 # %% ../../nbs/engine/batches.ipynb #bcb18f2d

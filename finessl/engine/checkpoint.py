@@ -19,7 +19,7 @@ from .environment import environment
 from .errors import TornCheckpoint, TrainingError
 from .metrics import MetricAccumulator, NonFiniteGuard
 from .processes import ProcessGroup
-from .storage import write_atomic
+from .storage import LockedFolder
 from ..peft import trainable_state_dict
 
 # %% ../../nbs/engine/checkpoint.ipynb #9d153045
@@ -40,28 +40,31 @@ class TrainState:
     test_logits: Tensor|None = None # (N_test, C) of the last evaluation; not in a checkpoint
     watch: object = None # what evaluations are compared with, see `Watch`; None: nothing
 
+    def check_finite(self):
+        "Raise NonFiniteLoss where a loss was not finite, or a weight is not: a step's loss says nothing of its update."
+        self.guard.check([p for p in self.model.parameters() if p.requires_grad])
+
 # %% ../../nbs/engine/checkpoint.ipynb #e4357d23
 CHECKPOINT, DIGEST = "checkpoint.pt", 32 # name of the file; bytes of the SHA-256 that it begins with
 PREVIOUS = f"previous-{CHECKPOINT}"
 FORMAT = 2 # of the content; 0.1 wrote none
 
 def save_checkpoint(
-    folder: Path, state: TrainState,
+    held: LockedFolder, state: TrainState,
     settings: dict, # of the run, as JSON
     runtime: dict # see runtime_info
 ):
     "Write everything that the next step needs, atomically; the checkpoint before it is kept beside it."
-    state.guard.check()
+    state.check_finite()
     content = {"format": FORMAT, "step": state.step, "settings": json.dumps(settings, sort_keys=True),
                "log": json.dumps(state.log), "runtime": json.dumps(runtime), "meter": state.meter.sums,
                "model": trainable_state_dict(state.model), "optimizer": state.optimizer.state_dict(),
                "state": {k: v.state_dict() if hasattr(v, "state_dict") else v for k, v in state.algorithm.items()},
                "watch": None if state.watch is None else state.watch.state_dict()}
-    def write(tmp):
-        payload = io.BytesIO()
-        torch.save(content, payload)
-        tmp.write_bytes(hashlib.sha256(payload.getbuffer()).digest() + payload.getbuffer())   # a flipped byte will show
-    write_atomic(folder / CHECKPOINT, write, keep=folder / PREVIOUS)
+    payload = io.BytesIO()
+    torch.save(content, payload)
+    digest = hashlib.sha256(payload.getbuffer()).digest()      # a flipped byte will show
+    held.write(CHECKPOINT, digest + payload.getbuffer(), keep=PREVIOUS)
 
 def runtime_info(device) -> dict:
     "What must be equal for a resume to be exact to the bit: device, threads, versions."
@@ -98,9 +101,12 @@ def checked(path: Path, content: bytes, settings: dict, device) -> dict: # conte
         raise mismatch_error(path, differ)
     return c
 
-def read_checkpoint(folder: Path, settings: dict, device, group: ProcessGroup|None = None) -> dict|None:
+def read_checkpoint(
+    held: LockedFolder|None, # None: in a process that writes nothing
+    settings: dict, device, group: ProcessGroup|None = None
+) -> dict|None:
     "The newest checkpoint of this run; a torn one, or another run's, is passed over; None where there is none."
-    read = lambda: {path: path.read_bytes() for path in (folder / CHECKPOINT, folder / PREVIOUS) if path.exists()}
+    read = lambda: {held.path / name: held.read(name) for name in (CHECKPOINT, PREVIOUS) if held.exists(name)}
     errors, device = {}, "cpu" if torch.device(device).type == "mps" else device
     said = lambda: [str(e).replace(str(path), path.name) for path, e in errors.items()]
     for path, content in (group.broadcast_object(read) if group else read()).items():
@@ -109,8 +115,8 @@ def read_checkpoint(folder: Path, settings: dict, device, group: ProcessGroup|No
         else: return c | {"log": json.loads(c["log"]), "passed_over": said()}
     for e in errors.values():
         if not isinstance(e, TornCheckpoint): raise e
-    if errors: raise TrainingError(f"no checkpoint in {folder} can be read: {'; '.join(said())}; "
-                            "name another folder, or remove it")
+    if errors: raise TrainingError(f"no checkpoint in {next(iter(errors)).parent} can be read: {'; '.join(said())}; "
+                                   "name another folder, or remove it")
     return None
 
 # %% ../../nbs/engine/checkpoint.ipynb #13826b7d
@@ -127,12 +133,13 @@ def restore(c: dict, state: TrainState): # c: from read_checkpoint
     state.log, state.step = empty_log() | c["log"], c["step"]
 
 def resume_from(
-    folder: Path, state: TrainState, settings: dict,
+    held: LockedFolder|None, # of the process that writes
+    state: TrainState, settings: dict,
     runtime: dict, # see runtime_info
     group: ProcessGroup # the first process reads for all
 ) -> None:
-    "Go on from the checkpoint in `folder`, if there is one, and say so where something is different."
-    c = read_checkpoint(folder, settings, group.device, group)
+    "Go on from the checkpoint in the folder, if there is one, and say so where something is different."
+    c = read_checkpoint(held, settings, group.device, group)
     if c is None: return
     restore(c, state)
     changed = list(map(str, diff_settings(json.loads(c["runtime"]), runtime)))

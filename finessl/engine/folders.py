@@ -117,8 +117,8 @@ def image_folder(
     if n_per_class is None: idx_lb = torch.arange(len(train))
     common = _common_size(train + extra + test, skipped) # reads every head, so most bad files show here
     size = common if image_size is None else check_int("image_size", image_size, 1)
-    x_ulb, x_test, y_ulb = ImageFiles(train + extra, size, skipped), ImageFiles(test, size,
-                                                                                skipped), torch.cat([y_train, y_extra])
+    x_ulb, x_test = (ImageFiles(files, size, skipped) for files in (train + extra, test))
+    y_ulb = torch.cat([y_train, y_extra])
     files_lb = [(train[i].relative_to(root).as_posix(), train[i].stat().st_size) for i in idx_lb.tolist()]
     split = Split(f"folder:{root.resolve().name}", seed, n_per_class, idx_lb,
                   short_hash("folder", classes, files_lb, len(train), len(extra), len(test)),

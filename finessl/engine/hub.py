@@ -14,6 +14,7 @@ from ..backbone import Encoder, refusal
 from .catalogue import DEFAULT_FILENAMES, TIMM_HOMES
 from .encoders import encoder_spec, megabytes
 from .errors import BackboneError
+from .storage import write_atomic
 
 # %% ../../nbs/engine/hub.ipynb #550c138f
 def hub_names() -> list[str]:
@@ -64,7 +65,7 @@ def write_table(
         if not isinstance(v, dict): return json.dumps(v)
         return "{\n" + ",\n".join(f"{json.dumps(k)}: {json.dumps(w)}" for k, w in v.items()) + "}"
     text = ",\n".join(f"{json.dumps(k)}: {section(v)}" for k, v in table.items())
-    Path(file).write_text("{" + text + "}\n", encoding="utf-8")
+    write_atomic(file, "{" + text + "}\n")
 
 # %% ../../nbs/engine/hub.ipynb #4ead669b
 def main():

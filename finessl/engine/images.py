@@ -77,8 +77,9 @@ class ImageFiles:
         files, # paths, in order
         size: int, # side of every image, in pixels
         skipped: "LeftOut | None" = None # None: a file that cannot be read is an error; else `instead` passes it over
-    ): self.files, self.size, self.skipped = tuple(os.fspath(file) for file in files), check_int("size", size,
-                                                                                                 1), skipped
+    ):
+        self.files = tuple(os.fspath(file) for file in files)
+        self.size, self.skipped = check_int("size", size, 1), skipped
     def __len__(self): return len(self.files)
     def __repr__(self): return f"ImageFiles({len(self)} files, size={self.size})"
     @property

@@ -12,7 +12,7 @@ import contextlib, os, pickle, shutil, signal, subprocess, sys, tempfile, thread
 from pathlib import Path
 import torch
 from .errors import PeerFailed, PeerLost, TrainingError
-from .storage import DISK_FULL_ERRNOS
+from .storage import DISK_FULL_ERRNOS, write_atomic
 
 # %% ../../nbs/engine/launch.ipynb #7101f7cb
 def worker_main(folder: str):
@@ -44,9 +44,9 @@ EXIT_DISK_FULL = 73 # exit code of a process that has no room to say why (EX_CAN
 
 def save_for_parent(value, file: Path):
     "Save a value for another process; where the folder is full, a TrainingError that says what to do."
-    try:
-        with open(file, "wb") as f: torch.save(value, f)
-        return
+    def write(path):
+        with open(path, "wb") as f: torch.save(value, f)
+    try: return write_atomic(file, write, durable=False)
     except (OSError, RuntimeError) as e:                       # torch's own error hides the one of the disk
         cause = e
         while cause is not None and getattr(cause, "errno", None) not in DISK_FULL_ERRNOS: cause = cause.__context__
@@ -60,10 +60,9 @@ def disk_full_error(folder) -> TrainingError: # folder: in the temporary one
 # %% ../../nbs/engine/launch.ipynb #5132c6a7
 def send_error(e: BaseException, file: Path) -> int: # the exit code
     "Leave an error for the process that waits."
-    try: file.write_bytes(pickle_error(e, f"in {file.name.replace('error-', 'process ')}:\n{traceback.format_exc()}"))
-    except OSError as full:
-        with contextlib.suppress(OSError): file.unlink()
-        return EXIT_DISK_FULL if full.errno in DISK_FULL_ERRNOS else 1
+    note = f"in {file.name.replace('error-', 'process ')}:\n{traceback.format_exc()}"
+    try: write_atomic(file, pickle_error(e, note), durable=False)
+    except OSError as full: return EXIT_DISK_FULL if full.errno in DISK_FULL_ERRNOS else 1
     return 1
 
 def pickle_error(e: BaseException, note: str) -> bytes:

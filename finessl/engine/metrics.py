@@ -22,10 +22,12 @@ class NonFiniteGuard:
         self.first = torch.where(fresh, torch.full_like(self.first, step), self.first)
         optimizer.found_inf = (self.first >= 0).float()
 
-    def check(self):
-        "Raise where a loss was not finite; the one place that waits for the device."
+    def check(self, weights=()): # tensors that are trained
+        "Raise where a loss was not finite, or a weight is not; the one place that waits for the device."
         if (first := int(self.first)) >= 0:
             raise NonFiniteLoss(f"the loss is not finite at step {first}: try a smaller lr or gamma")
+        if weights and not bool(torch.stack([w.detach().isfinite().all() for w in weights]).all()):
+            raise NonFiniteLoss("the last update left weights that are not finite: try a smaller lr or gamma")
 
 # %% ../../nbs/engine/metrics.ipynb #0fa10ef4
 def classification_metrics(

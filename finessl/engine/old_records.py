@@ -11,7 +11,7 @@ from .storage import read_records
 # %% ../../nbs/engine/old_records.ipynb #rec00005
 # of version 0.1 -> today's
 RENAMED_KEYS = {"util": "mask_ratio", "pool_util": "pool_mask_ratio", "clear_every": "reset_pace_every",
-                "clears": "resets_pace"}
+                "clears": "resets_pace", "most_over_least": "imbalance_ratio"}
 RENAMED_ALGORITHMS = {"LabelledOnly": "SupervisedOnly", "Rising": "GammaWarmup"}
 
 def upgrade_record(

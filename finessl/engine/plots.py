@@ -16,6 +16,8 @@ COLOURS = MappingProxyType({
     "FineSSL": "#009E73", "FineSSL (paper)": "#004D40",
     "− margin": "#D55E00", "margins averaged": "#8C564B", "margins permuted": "#882255",
     "− smoothing": "#0072B2", "− reweighting": "#332288",
+    "Pseudo-Label": "#A6761D", "FlexMatch": "#E7298A", "FreeMatch": "#7570B3",
+    "SoftMatch": "#1F78B4", "AdaMatch": "#8DA0CB", "DebiasPL": "#E31A1C",
     "truth": "#000000", "right": "#0072B2", "wrong": "#D55E00", "out of distribution": "#999933",
     "biased": "#AA3377", "balanced": "#228833"})
 

@@ -99,10 +99,11 @@ class Watch:
         self.probe, self.before = on_cpu(state["probe"]), on_cpu(state["before"])
         self.probe_accuracy = state["probe_accuracy"]
 
-    def begin(self, model, settings, group): # settings: a run's; group: the first process asks the probe for all
-        "Ask the probe, if that was not done before; no random number of the run is drawn."
+    def begin(self, setup): # of the run, see the training notebook
+        "Let the first process ask the probe for all, if that was not done before; no random number is drawn."
         if self.probe is not None: return
-        frozen = getattr(model.features, "encoder", model.features) # features that were cached are frozen themselves
+        settings, group = setup.settings, setup.group
+        frozen = setup.encoder.to(group.device)              # a copy of it may be what is trained
         def ask():
             view, precision = settings.views.eval_view, settings.precision
             of = lambda x: predict_logits(frozen, x, view, group.device, precision=precision)
@@ -219,6 +220,8 @@ def advice(
              "a smaller weight of the unlabelled images, gamma=1 (--gamma 1)": own.get("gamma", 0) > 1,
              "a higher threshold, tau=0.95 (--tau 0.95)": stable and tau < .95,
              'prompts that start as tokens, prompt_init="tokens" (--prompt-init tokens)': name == "collapse" and random,
+             'heads that start at class means, head_init="means" (--head-init means)':
+                 name == "collapse" and settings["head_init"] == "random" and unlabelled,
              f"more steps (--steps; the paper takes {PAPER_SCHEDULE.steps})":
                  name == "collapse" and schedule["steps"] < 1000,
              "a larger batch (--batch)": not stable and settings["batch"] < 32,

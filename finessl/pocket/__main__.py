@@ -9,6 +9,8 @@ __all__ = ['pocket_parser', 'main']
 import argparse
 from pathlib import Path
 import torch
+from ..engine.errors import UsageError
+from ..engine.storage import check_target
 from .pretrain import Recipe, pretrain, save_pocket
 
 # %% ../../nbs/pocket/main.ipynb #d835c38b
@@ -23,6 +25,7 @@ def pocket_parser() -> argparse.ArgumentParser:
     p.add_argument("--device", default="cpu", help="torch device (default %(default)s)")
     p.add_argument("--threads", type=int, help="CPU threads; the bits depend on them (default: torch's)")
     p.add_argument("--half", action="store_true", help="write the weights as float16")
+    p.add_argument("--overwrite", action="store_true", help="replace files of these names that are there already")
     return p
 
 # %% ../../nbs/pocket/main.ipynb #967e9860
@@ -35,11 +38,15 @@ def main(
     if a.threads is not None:
         if a.threads < 1: p.error(f"--threads must be >= 1, got {a.threads}")
         torch.set_num_threads(a.threads)
+    Path(a.out).mkdir(parents=True, exist_ok=True)
+    for suffix in ("safetensors", "json"):                     # before the minutes of training
+        try: check_target(Path(a.out) / f"pocket.{suffix}", a.overwrite)
+        except UsageError as e: p.error(str(e))
     def show(step, loss):
         if step % 200 == 0 or step == a.steps: print(f"step {step}/{a.steps}  loss {loss:.3f}", flush=True)
     recipe = Recipe(seed=a.seed, steps=a.steps, imbalance=1. if a.balanced else Recipe.imbalance)
     model, about = pretrain(recipe, a.device, progress=show)
-    sha = save_pocket(model, about, a.out, half=a.half)
+    sha = save_pocket(model, about, a.out, half=a.half, overwrite=a.overwrite)
     print(f"{Path(a.out) / 'pocket.safetensors'}: sha256 {sha}, {about['seconds']:.0f} s")
     return sha
 

@@ -8,7 +8,7 @@ __all__ = ['TEMPLATES', 'DIGIT_WORDS', 'FREQUENCY_ORDER', 'POCKET_CONFIG', 'PIXE
            'pretrain_step', 'pocket_optimizer', 'pretrain', 'pretrain_card', 'save_pocket']
 
 # %% ../../nbs/pocket/pretrain.ipynb #6e7801a4
-import copy, hashlib, json, math, os, platform, time
+import copy, hashlib, math, platform, time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 import numpy as np
@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from ..data import generator
 from ..engine.encoders import byte_tokens
+from ..engine.storage import encode_json, write_atomic
 from .distort import HandStyle, enlarge_digits, scan_drawings, trace_glyphs
 from .glyphs import CHARACTERS, FONTS, Glyphs, render_glyphs
 from ..views import normalise
@@ -193,16 +194,15 @@ def pretrain_card(r: Recipe, losses: list, seconds: float, device: str) -> dict:
 def save_pocket(
     model: nn.Module, card: dict, folder, # a folder, made if needed
     name: str = "pocket",
-    half: bool = False # weights as float16
+    half: bool = False, # weights as float16
+    overwrite: bool = False # may files of these names be there already?
 ) -> str: # sha256 of the weights file
-    "Write NAME.safetensors and NAME.json, each by rename."
+    "Write NAME.safetensors and NAME.json, each whole or not at all."
     from safetensors.torch import save
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     weights = save({k: (v.half() if half else v).detach().cpu().contiguous() for k, v in model.state_dict().items()})
     card = {**card, "sha256": hashlib.sha256(weights).hexdigest()}
-    for suffix, content in (("safetensors", weights), ("json", (json.dumps(card, indent=1) + "\n").encode())):
-        part = folder / f".{name}.{suffix}.part"
-        part.write_bytes(content)
-        os.replace(part, folder / f"{name}.{suffix}")
+    for suffix, content in (("safetensors", weights), ("json", encode_json(card))):
+        write_atomic(folder / f"{name}.{suffix}", content, overwrite=overwrite)
     return card["sha256"]

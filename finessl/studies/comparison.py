@@ -8,7 +8,7 @@ __all__ = ['SCHEDULE', 'BATCH', 'PROMPTS', 'EVALS', 'ROWS', 'MAIN', 'OPEN_SET', 
            'run_study', 'run_key', 'run_references', 'best_trials', 'main']
 
 # %% ../../nbs/studies/comparison.ipynb #f4504bf8
-import argparse, functools, json, os, sys
+import argparse, functools, os, sys
 from pathlib import Path
 import pandas as pd
 from ..algorithms import FineSSL
@@ -16,6 +16,7 @@ from ..backbone import load_backbone
 from ..data import digits, holdout
 from ..engine.schedule import SHORT_SCHEDULE
 from ..engine.old_records import read_runs
+from ..engine.storage import encode_json, write_atomic
 from ..lab import Lab, linear_probe, raw_probe, zero_shot
 from ..pseudo_labels import FixMatch, SupervisedOnly
 from .runner import run_jobs, say_recorded
@@ -147,7 +148,7 @@ def run_references(path: Path) -> list[str]: # of the records
               "command": "python -m finessl.comparison references"}
              | lab.settings | f(lab, n, s, known).record | {"seed": s}
              for known in (None, 6) for s in range(20) for n in (1, 2, 4) for row, f in REFERENCES.items()]
-    path.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in lines), encoding="utf-8")
+    write_atomic(path, b"".join(encode_json(r, None) for r in lines), overwrite=False)
     return []
 
 # %% ../../nbs/studies/comparison.ipynb #55a45f34

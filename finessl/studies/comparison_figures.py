@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from ..engine.old_records import read_runs
+from ..engine.storage import write_atomic
 from ..lab import COLOURS
 from .comparison import MAIN, PROMPTS, REFERENCES, SCHEDULE
 from .statistics import Markdown, load_results, markdown_table, mean_std_table
@@ -133,7 +134,7 @@ def write_figures(records: Path, folder: Path) -> int: # exit code
         fig = plt.figure(figsize=size)
         draw(fig)
         fig.tight_layout()
-        fig.savefig(folder / f"{name}.png", dpi=150)
-        data.to_csv(folder / f"{name}.csv")
+        write_atomic(folder / f"{name}.png", lambda tmp, fig=fig: fig.savefig(tmp, format="png", dpi=150))
+        write_atomic(folder / f"{name}.csv", data.to_csv())
         plt.close(fig)
     return 0

@@ -12,6 +12,7 @@ import pandas as pd
 import torch
 from ..bias import PseudoLabelQuality
 from ..engine.old_records import read_runs
+from ..engine.storage import write_atomic
 from ..engine.schedule import PAPER_SCHEDULE
 from ..lab import colour
 from .photos import LONGER, SEEDS, STARTS, methods
@@ -46,8 +47,8 @@ def plot_photos(
         for row in (*shift, "probe", "20-NN"):
             d = df[(df.row == row) & (df.start == (start if row in shift else "none"))]
             m, c = d.groupby("N").accuracy.mean(), colour({"probe": "linear probe"}.get(row, row))
-            style = dict(ls="-", marker="o", lw=2) if row in shift else dict(ls={"probe": "--", "20-NN": ":"}[row],
-                                                                             lw=1.3)
+            style = dict(ls={"probe": "--", "20-NN": ":"}.get(row, "-"), lw=1.3)
+            if row in shift: style = dict(ls="-", marker="o", lw=2)
             ax.plot(np.log2(m.index), m, color=c, ms=5, label=row, **style)
             if row in shift: ax.plot(np.log2(d.N) + shift[row], d.accuracy, ".", color=c, alpha=.4, ms=5)
         ax.set(xticks=[0, 1, 2], xticklabels=[1, 2, 4], xlabel="labelled images per class",
@@ -95,7 +96,7 @@ def write_figures(records: Path, folder: Path) -> int: # exit code
             ("whole", (8, 3), lambda fig: plot_whole(whole, fig.subplots(1, 2)), whole)):
         fig = plt.figure(figsize=size, layout="constrained")
         draw(fig)
-        fig.savefig(folder / f"{name}.png", dpi=150)
-        data.round(3).to_csv(folder / f"{name}.csv", index=False)
+        write_atomic(folder / f"{name}.png", lambda tmp, fig=fig: fig.savefig(tmp, format="png", dpi=150))
+        write_atomic(folder / f"{name}.csv", data.round(3).to_csv(index=False))
         plt.close(fig)
     return 0

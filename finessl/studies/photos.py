@@ -26,7 +26,7 @@ from ..engine.folders import image_folder
 from ..engine.runs import TrainedRun
 from ..engine.schedule import PAPER_SCHEDULE, Schedule
 from ..lab import extract_features, logistic_probe
-from ..peft import CosineHead, build_model, init_prompts_from_tokens
+from ..peft import CosineHead, build_model, init_heads_from_means, init_prompts_from_tokens
 from ..pseudo_labels import FixMatch, SupervisedOnly
 from .runner import run_jobs
 from ..training import Runtime, Settings, build_state, finish, fit, prepare, train
@@ -113,15 +113,13 @@ ABLATIONS = { # what is changed, beside FineSSL with γ = 3 and random prompts
 @torch.no_grad()
 def modify_heads(model, kind: str, dataset: Dataset, eval_view):
     "Let both heads see centred features, or start at the class means of the labelled images."
-    feat = unit_features(model.features, dataset.x_lb if kind == "means" else dataset.x_ulb, eval_view)
-    for name in ("head", "aux_head"):
-        head = getattr(model, name)
-        if kind == "means":
-            means = torch.stack([feat[dataset.y_lb == k].mean(0) for k in range(len(dataset.classes))])
-            head.weight.copy_(F.normalize(means, dim=1))
-        else:
-            head.__class__ = CentredHead
-            head.register_buffer("mean", feat.mean(0))
+    if kind == "means":
+        feat = extract_features(model.features, dataset.x_lb, eval_view, batch=100)[0]
+        return init_heads_from_means(model, feat, dataset.y_lb)
+    feat = unit_features(model.features, dataset.x_ulb, eval_view)
+    for head in (model.head, model.aux_head):
+        head.__class__ = CentredHead
+        head.register_buffer("mean", feat.mean(0))
 
 # %% ../../nbs/studies/photos.ipynb #b3e767b9
 def job(row: str, start: str|None, n_per_class: int, seed: int, **more) -> dict:

@@ -6,13 +6,13 @@
 __all__ = ['lacking', 'say_recorded', 'run_jobs']
 
 # %% ../../nbs/studies/runner.ipynb #5a1e0004
-import json, multiprocessing, os, sys, time
+import multiprocessing, os, sys, time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 import torch
 from ..engine.errors import TrainingError
-from ..engine.storage import read_records
+from ..engine.storage import append_record, read_records
 
 # %% ../../nbs/studies/runner.ipynb #5a1e0006
 def lacking(
@@ -37,7 +37,6 @@ def run_jobs(
 ) -> list[str]: # the runs that broke, each with its error
     "Run what a study still lacks, in parallel."
     path, broken, start = Path(path), [], time.time()
-    path.parent.mkdir(parents=True, exist_ok=True)
     left = lacking(jobs, read_records(path), key)
     if not left:
         say_recorded(path, len(jobs))
@@ -51,8 +50,7 @@ def run_jobs(
                 raise TrainingError(f"a worker of {path.stem} was killed (out of memory?); "
                                     "what is recorded is kept") from None
             except Exception as error: broken.append(f"{key(futures[future])}: {type(error).__name__}: {error}")
-            else:
-                with open(path, "a", encoding="utf-8") as f: f.write(json.dumps(record, ensure_ascii=False) + "\n")
+            else: append_record(path, record)
             minutes = (time.time() - start) / i * (len(left) - i) / 60
             print(f"{path.stem}: {i} of {len(left)} runs, {minutes:.1f} min left", file=sys.stderr, flush=True)
     for text in broken: print(f"{path.stem}: broke: {text}", file=sys.stderr, flush=True)
