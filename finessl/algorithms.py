@@ -183,5 +183,5 @@ class FineSSL(FineSSLSettings):
         state["pace"].update(logits.idx_ulb, conf, pl)
         mask = conf >= self.zeta
         metrics = {k: v.detach() for k, v in parts.items()} | {"pl": pl, "conf": conf, "mask": mask}
-        metrics["weight"] = self.gamma * relative_weights(logits.a_ulb_w, mask, self.weights)
+        metrics["weights"] = self.gamma * relative_weights(logits.a_ulb_w, mask, self.weights)
         return total_loss(parts, self.gamma), metrics

@@ -63,7 +63,7 @@ class MetricAccumulator:
             row += [torch.full_like(row[0], len(mask)), mask.sum(), (mask & (y >= 0)).sum(),
                     (mask & (y == metrics["pl"])).sum()]
         else: row += [torch.zeros_like(row[0])] * 4
-        if "weight" in metrics: row += [torch.full_like(row[0], len(metrics["weight"])), metrics["weight"].sum()]
+        if "weights" in metrics: row += [torch.full_like(row[0], len(metrics["weights"])), metrics["weights"].sum()]
         else: row += [torch.zeros_like(row[0])] * 2
         self.sums += torch.stack([r.to(self.sums.dtype) for r in row])
 

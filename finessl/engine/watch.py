@@ -181,11 +181,13 @@ LASTING = MappingProxyType({"collapse": collapse, "minority classes lost": class
 def find_symptoms(
     evaluations: list[dict], # of a log, at least one
     n_classes: int, # C
-    at_end: bool = False # are there no more to come?
+    steps: int # of the whole run
 ) -> list[str]:
     "Names of what is wrong; where there is a collapse, the other classes are lost and confidence is idle anyway."
-    again = lambda seen: at_end or len(evaluations) > 1 and seen(evaluations[:-1], n_classes)
-    found = [name for name, seen in LASTING.items() if seen(evaluations, n_classes) and again(seen)]
+    step = evaluations[-1]["step"]
+    again = lambda seen: step == steps or len(evaluations) > 1 and seen(evaluations[:-1], n_classes)
+    found = [name for name, seen in LASTING.items() if seen(evaluations, n_classes) and again(seen)
+             and (seen is not classes_lost or 2 * step > steps)]
     return found[:1 if "collapse" in found else None] + ["unstable"] * unstable(evaluations, n_classes)
 
 # %% ../../nbs/engine/watch.ipynb #da8172a8
@@ -239,8 +241,8 @@ def report_symptoms(
 ) -> None:
     "After an evaluation: note the symptoms, say what is new, and at the end what is left; or stop at a collapse."
     evaluations, classes, noted = state.log["evaluations"], settings["classes"], state.log["symptoms"]
-    at_end = state.step == settings["schedule"]["steps"]
-    for name in find_symptoms(evaluations, len(classes), at_end):
+    steps = settings["schedule"]["steps"]
+    for name in find_symptoms(evaluations, len(classes), steps):
         said = f"{describe(name, evaluations[-1], classes)}; {advice(name, algorithm, settings)}"
         if name == "collapse" and on_collapse == "stop":
             raise CollapsedRun(f"collapse at step {state.step}: {said}; "
@@ -248,4 +250,4 @@ def report_symptoms(
         old = next((s for s in noted if s["name"] == name), None)
         if old is None: noted.append({"name": name, "first": state.step, "last": state.step, "said": said})
         else: old |= {"last": state.step, "said": said}
-        if old is None or at_end: say(f"{name} {'to the end' if old else f'at step {state.step}'}: {said}")
+        if old is None or state.step == steps: say(f"{name} {'to the end' if old else f'at step {state.step}'}: {said}")
