@@ -181,5 +181,7 @@ class FineSSL(FineSSLSettings):
         parts = finessl_parts(logits, self.class_margins(state), self.zeta, self.lam, self.smooth_form,
                               self.smooth_lb, self.weights, self.margin_on)
         state["pace"].update(logits.idx_ulb, conf, pl)
-        metrics = {k: v.detach() for k, v in parts.items()} | {"pl": pl, "conf": conf, "mask": conf >= self.zeta}
+        mask = conf >= self.zeta
+        metrics = {k: v.detach() for k, v in parts.items()} | {"pl": pl, "conf": conf, "mask": mask}
+        metrics["weights"] = self.gamma * relative_weights(logits.a_ulb_w, mask, self.weights)
         return total_loss(parts, self.gamma), metrics

@@ -121,6 +121,6 @@ class AnchoredFineSSL(AnchoredSettings):
         parts = {"lb": balanced_margin_loss(logits.z_lb, logits.y_lb, margins), "ulb": (psi.repeat(V) * ulb).mean(),
                  "aux_lb": F.cross_entropy(logits.a_lb, logits.y_lb)}
         state["pace"].update(logits.idx_ulb, conf, pl)
-        metrics = {k: v.detach() for k, v in parts.items()} | {"weight": psi.mean()}
+        metrics = {k: v.detach() for k, v in parts.items()} | {"weights": self.gamma * psi}
         return (parts["lb"] + self.gamma * parts["ulb"] + parts["aux_lb"],
                 metrics | {"pl": pl, "conf": conf, "mask": conf >= self.zeta})

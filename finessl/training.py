@@ -32,6 +32,7 @@ from .engine.recovery import EVAL_ADVICE, explained, memory_advice, step_advice
 from .engine.runs import TrainedRun, load_run, run_folder, save_run
 from .engine.schedule import SHORT_SCHEDULE, Schedule, cosine_lr, pace_is_due
 from .engine.settings import build_settings, validate, python_numbers, run_info
+from .engine.watch import Watch, report_symptoms
 from .peft import build_model, default_n_prompts, init_heads_from_means, init_prompts_from_tokens
 from .peft import weights_sha256
 from .views import Views, default_views
@@ -67,6 +68,7 @@ class Runtime:
     checkpoint_every: int|None = None # steps
     progress: bool|str|None = None # None: a bar where somebody looks; "lines": a line at each evaluation, for a log
     command: str|None = None # for the record
+    on_collapse: str = "warn" # "stop": a run that puts its pool into one class ends with an error; resume with "warn"
 
 # %% ../nbs/13_training.ipynb #88b67663
 __getattr__ = moved_names("finessl.training") # what version 0.1 had here
@@ -147,7 +149,7 @@ def build_state(
             init_heads_from_means(model, feat.to(device), dataset.y_lb.to(device))
     return TrainState(model, build_optimizer(model, s.schedule, s.momentum, s.weight_decay),
                       setup.algorithm.init(len(dataset.x_ulb), len(dataset.classes), device),
-                      MetricAccumulator(dataset.y_ulb, device), NonFiniteGuard(device))
+                      MetricAccumulator(dataset.y_ulb, device), NonFiniteGuard(device), watch=Watch(dataset))
 
 # %% ../nbs/13_training.ipynb #3ff3664c
 def train_step(
@@ -181,7 +183,7 @@ def run_evaluation(setup: Setup, state: TrainState, timer: Timer):
     timer.lap("seconds")
     with memory_advice(EVAL_ADVICE, s.batch):
         scores, state.test_logits = evaluate(state.model.eval(), setup.dataset, s.views.eval_view, group.device,
-                                             s.precision, group)
+                                             s.precision, group, state.watch)
     group.assert_same({"sha256": weights_sha256(state.model)} if group.world_size > 1 else {}, "weights")
     state.log["evaluations"].append({"step": state.step, "lr": lr} | state.meter.read() | scores)
     timer.lap("eval_seconds")
@@ -198,10 +200,11 @@ def batches(setup: Setup, start: int): # iterator over dicts, from `start` on
 # %% ../nbs/13_training.ipynb #caa36d01
 def train(setup: Setup, state: TrainState, save=None, stop: GracefulStop|None = None): # save(timer): write a checkpoint
     "Take the steps that are left: step; evaluate, save and stop where it is due."
-    s, r, group, algorithm = setup.settings, setup.runtime, setup.group, setup.algorithm
-    schedule = s.schedule
-    exclude_files(setup.dataset, state.log["unreadable"])
+    (dataset, _, algorithm, s, r, group, recorded), schedule = setup, setup.settings.schedule
+    exclude_files(dataset, state.log["unreadable"])
     eval_at, timer = {math.ceil(schedule.steps * i / s.evals) for i in range(1, s.evals + 1)}, Timer(state.log)
+    state.watch.begin(setup)
+    timer.lap("eval_seconds")
     compute = compute_logits
     if r.compile: compute = functools.partial(compute_logits, features=compile_encoder(state.model.features, r.compile))
     with (ProgressBar(state, schedule.steps, type(algorithm).__name__, r.progress, group.is_main) as bar,
@@ -216,6 +219,7 @@ def train(setup: Setup, state: TrainState, save=None, stop: GracefulStop|None = 
             if state.step in eval_at:
                 run_evaluation(setup, state, timer)
                 bar.evaluated(state)
+                report_symptoms(state, algorithm, recorded, bar.warn, r.on_collapse)
             bar.advance(state)
             if save and not last and (end or r.checkpoint_every and state.step % r.checkpoint_every == 0): save(timer)
             if end and not (last and stop is not None):

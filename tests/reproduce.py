@@ -34,7 +34,8 @@ def results(record): # what a run measured, clocks apart
 
 def differences(old, new, at=""): # names of what differs, with both values where they are numbers
     if isinstance(old, dict) and isinstance(new, dict):
-        return [d for k in sorted({*old, *new}) for d in differences(old.get(k), new.get(k), f"{at}.{k}" if at else k)]
+        # later versions have more to say
+        return [d for k in sorted(old) for d in differences(old[k], new.get(k), f"{at}.{k}" if at else k)]
     if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
         return [d for i, pair in enumerate(zip(old, new)) for d in differences(*pair, f"{at}[{i}]")]
     return [] if old == new else [(at, old, new)]

@@ -101,6 +101,8 @@ def add_output(p):
                    help="steps between checkpoints; Ctrl-C writes one too")
     g.add_argument("--resume", action="store_true",
                    help="go on from the checkpoint in --out, or start where there is none")
+    g.add_argument("--on-collapse", choices=("warn", "stop"), default="warn",
+                   help="when the pool falls into one class, say so and go on, or end the run with an error")
     g.add_argument("--quiet", action="store_true", help="print nothing but errors")
 
 def add_train(commands, common):
@@ -259,7 +261,8 @@ def runtime_options(args, device): # -> Runtime
     "How it is computed, from the command line."
     from finessl.training import Runtime
     return Runtime(device, compile=False if args.no_compile else None, accumulate=args.accumulate,
-                   checkpoint_every=args.checkpoint_every, progress=progress_option(args), command=args.command_line)
+                   checkpoint_every=args.checkpoint_every, progress=progress_option(args), command=args.command_line,
+                   on_collapse=args.on_collapse)
 
 def summary_lines(args, dataset, record: dict) -> list[str]:
     "What is said when a run is done."
@@ -270,5 +273,7 @@ def summary_lines(args, dataset, record: dict) -> list[str]:
         named = f"{lost[0]}{', …' if len(lost) > 1 else ''}"
         said.append(f"left out as unreadable while training: {len(lost)} ({named}), named in record.json")
     score = "no test part" if last.get("accuracy") is None else f"{last['accuracy']:.1%} of {tested} test images right"
-    return [*said,
-            f"{score} after {last['step']} steps in {record['seconds']:.1f} s; record and model are in {args.out}"]
+    seen = [s["name"] for s in record["symptoms"] if s["last"] == last["step"]]
+    beware = f"; beware of {', '.join(seen)}: record.json says more" if seen else ""
+    return [*said, f"{score} after {last['step']} steps in {record['seconds']:.1f} s; "
+                   f"record and model are in {args.out}{beware}"]

@@ -25,7 +25,7 @@ from ..peft import trainable_state_dict
 # %% ../../nbs/engine/checkpoint.ipynb #9d153045
 def empty_log() -> dict:
     "What a run has to tell before its first step."
-    return {"evaluations": [], "seconds": 0., "eval_seconds": 0., "resumes": [], "unreadable": []}
+    return {"evaluations": [], "seconds": 0., "eval_seconds": 0., "resumes": [], "unreadable": [], "symptoms": []}
 
 @dataclass
 class TrainState:
@@ -38,6 +38,7 @@ class TrainState:
     log: dict = field(default_factory=empty_log)
     step: int = 0 # steps that are done
     test_logits: Tensor|None = None # (N_test, C) of the last evaluation; not in a checkpoint
+    watch: object = None # what evaluations are compared with, see `Watch`; None: nothing
 
     def check_finite(self):
         "Raise NonFiniteLoss where a loss was not finite, or a weight is not: a step's loss says nothing of its update."
@@ -58,7 +59,8 @@ def save_checkpoint(
     content = {"format": FORMAT, "step": state.step, "settings": json.dumps(settings, sort_keys=True),
                "log": json.dumps(state.log), "runtime": json.dumps(runtime), "meter": state.meter.sums,
                "model": trainable_state_dict(state.model), "optimizer": state.optimizer.state_dict(),
-               "state": {k: v.state_dict() if hasattr(v, "state_dict") else v for k, v in state.algorithm.items()}}
+               "state": {k: v.state_dict() if hasattr(v, "state_dict") else v for k, v in state.algorithm.items()},
+               "watch": None if state.watch is None else state.watch.state_dict()}
     payload = io.BytesIO()
     torch.save(content, payload)
     digest = hashlib.sha256(payload.getbuffer()).digest()      # a flipped byte will show
@@ -123,11 +125,12 @@ def restore(c: dict, state: TrainState): # c: from read_checkpoint
     with torch.no_grad():
         for k, v in trainable_state_dict(state.model).items(): v.copy_(c["model"][k])
     state.optimizer.load_state_dict(c["optimizer"])
-    state.meter.sums.copy_(c["meter"])
+    state.meter.load(c["meter"])
+    if state.watch is not None and c.get("watch"): state.watch.load_state_dict(c["watch"])
     for k, v in c["state"].items():
         if hasattr(state.algorithm.get(k), "load_state_dict"): state.algorithm[k].load_state_dict(v)
         else: state.algorithm[k] = v
-    state.log, state.step = c["log"], c["step"]
+    state.log, state.step = empty_log() | c["log"], c["step"]
 
 def resume_from(
     held: LockedFolder|None, # of the process that writes

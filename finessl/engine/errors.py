@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['DataError', 'UnreadableError', 'BackboneError', 'MissingError', 'UsageError', 'TrainingError', 'NonFiniteLoss',
-           'OutOfMemory', 'TornCheckpoint', 'PeerFailed', 'PeerLost', 'check_int', 'check_range']
+           'CollapsedRun', 'OutOfMemory', 'TornCheckpoint', 'PeerFailed', 'PeerLost', 'check_int', 'check_choice',
+           'check_range']
 
 # %% ../../nbs/engine/errors.ipynb #a92cbf84
 import math, operator
@@ -36,6 +37,9 @@ class TrainingError(RuntimeError):
 class NonFiniteLoss(TrainingError):
     "Raised where a loss is NaN or infinite."
 
+class CollapsedRun(TrainingError):
+    "Raised where a run has put its pool into one class and was told to stop then."
+
 class OutOfMemory(TrainingError):
     "Raised where memory ran out, on any device; the message says what needs less."
 
@@ -58,6 +62,10 @@ def check_int(name: str, value, least: int) -> int:
     return number
 
 # %% ../../nbs/engine/errors.ipynb #53ec37bd
+def check_choice(name: str, value, choices: tuple) -> None:
+    "Raise ValueError unless `value` is one of the choices."
+    if value not in choices: raise ValueError(f"{name} must be one of {choices}, got {value!r}")
+
 def check_range(
     name: str, value,
     least: float = 0, most: float = math.inf,

@@ -47,8 +47,8 @@ def classification_metrics(
 
 # %% ../../nbs/engine/metrics.ipynb #22a9d201
 class MetricAccumulator:
-    "Sums of loss, kept and correct pseudo-labels on the device since the last reading."
-    names = ("steps", "loss", "images", "kept", "known", "right")
+    "Sums of loss, kept and correct pseudo-labels and weights on the device since the last reading."
+    names = ("steps", "loss", "images", "kept", "known", "right", "weighed", "weight")
 
     def __init__(self, y_ulb: Tensor, device): # truth of the pool, -1 unknown; for diagnosis only
         self.y_ulb = y_ulb.to(device)
@@ -63,12 +63,18 @@ class MetricAccumulator:
             row += [torch.full_like(row[0], len(mask)), mask.sum(), (mask & (y >= 0)).sum(),
                     (mask & (y == metrics["pl"])).sum()]
         else: row += [torch.zeros_like(row[0])] * 4
+        if "weights" in metrics: row += [torch.full_like(row[0], len(metrics["weights"])), metrics["weights"].sum()]
+        else: row += [torch.zeros_like(row[0])] * 2
         self.sums += torch.stack([r.to(self.sums.dtype) for r in row])
 
-    def read(self) -> dict: # loss, mask_ratio (share kept) and kept_accuracy, None where there is nothing to count
+    def load(self, sums: Tensor): # of a checkpoint, perhaps of a version that counted less
+        "Go on from earlier sums."
+        self.sums[:len(sums)].copy_(sums)
+
+    def read(self) -> dict: # means, None where there is nothing to count: loss, mask_ratio (share kept), …
         "Fetch the means and start again."
         s = dict(zip(self.names, self.sums.tolist()))
         self.sums.zero_()
         ratio = lambda a, b: round(a / b, 6) if b else None
         return {"loss": ratio(s["loss"], s["steps"]), "mask_ratio": ratio(s["kept"], s["images"]),
-                "kept_accuracy": ratio(s["right"], s["known"])}
+                "kept_accuracy": ratio(s["right"], s["known"]), "mean_weight": ratio(s["weight"], s["weighed"])}

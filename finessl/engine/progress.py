@@ -95,6 +95,7 @@ class ProgressBar:
         is_main: bool = True
     ):
         self.steps, self.every, self.lines = steps, max(1, steps // 50), progress == "lines" and is_main
+        self.silent = progress is False or not is_main
         hidden = not is_main or progress_disabled(progress)
         self.bar = tqdm(total=steps, initial=state.step, disable=hidden, desc=name, leave=True)
 
@@ -102,6 +103,10 @@ class ProgressBar:
         "After an evaluation."
         if self.lines:
             print(format_log_line(state.log, self.steps, progress_fields(state)), file=sys.stderr, flush=True)
+
+    def warn(self, text: str):
+        "Say something above the bar or in the log, without a bar too; only `progress=False` is silent."
+        if not self.silent: tqdm.write(f"warning: {text}", file=sys.stderr)
 
     def advance(self, state: TrainState):
         "After a step."

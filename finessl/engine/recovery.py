@@ -10,7 +10,7 @@ import contextlib
 from pathlib import Path
 import torch
 from .checkpoint import latest_checkpoint
-from .errors import DataError, NonFiniteLoss, OutOfMemory, TrainingError, UnreadableError
+from .errors import CollapsedRun, DataError, NonFiniteLoss, OutOfMemory, TrainingError, UnreadableError
 from .storage import DISK_FULL_ERRNOS
 
 # %% ../../nbs/engine/recovery.ipynb #ecf477fb
@@ -61,6 +61,7 @@ def with_resume_hint(e: Exception, folder: Path|None) -> Exception: # folder: of
         c = latest_checkpoint(folder)
         kept = "no checkpoint was written" if c is None else f"the checkpoint of step {c['step']} is kept"
         return NonFiniteLoss(f"{e}; {kept}")
+    if isinstance(e, CollapsedRun): return CollapsedRun(f"{e}; {resume_hint(folder)}")
     if not isinstance(e, OSError) or not e.filename or Path(e.filename).parent != folder: return e
     full = e.errno in DISK_FULL_ERRNOS
     why, cure = ("no space left", "there is room") if full else (e.strerror.lower(), "it can be written")
@@ -69,5 +70,5 @@ def with_resume_hint(e: Exception, folder: Path|None) -> Exception: # folder: of
 def explained(work, folder: Path|None): # -> work()
     "`work()`; its error says how to go on, and holds no tensor of the step that failed."
     try: return work()
-    except (OutOfMemory, DataError, NonFiniteLoss, OSError) as e: error = with_resume_hint(e, folder)
+    except (CollapsedRun, OutOfMemory, DataError, NonFiniteLoss, OSError) as e: error = with_resume_hint(e, folder)
     raise error

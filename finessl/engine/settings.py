@@ -10,7 +10,7 @@ import dataclasses, hashlib, json
 from torch import Tensor
 from ..data import Dataset, check_dataset
 from .batches import labelled_indices
-from .errors import check_int, check_range
+from .errors import check_choice, check_int, check_range
 from .peft_names import parse_peft
 from .precision import autocast
 from .schedule import Schedule, cosine_lr
@@ -89,6 +89,7 @@ def validate(
                          f'got {s.prompt_init!r} with peft={s.peft!r}')
     if s.head_init not in ("random", "means"):
         raise ValueError(f'head_init must be "random" or "means", got {s.head_init!r}')
+    if runtime is not None: check_choice("on_collapse", runtime.on_collapse, ("warn", "stop"))
     check_range("lr", s.schedule.lr, above=True)
     cosine_lr(s.schedule, 0), autocast("cpu", s.precision or "float32")   # each refuses what it does not know
     labelled_indices(s.seed, 0, len(dataset.x_lb), s.batch, s.schedule, s.labelled)
