@@ -188,10 +188,11 @@ def lab_run(
     evals: int = 10, # evaluations, evenly spaced
     init_seed: int|None = None, # of the heads; None: as `seed`
     momentum: float = .9, weight_decay: float = 5e-4,
-    head_init: str = "random" # or "means": heads start at the class means of the labelled images (see 12)
+    head_init: str|None = None # "random", or "means": class means of the labelled images (see 12); None: as `fit` does
 ) -> LabRun:
     "Train two fresh heads on a split of the lab with `train_heads`; the constants of `fit` are the defaults."
     init_seed = seed if init_seed is None else init_seed
+    head_init = head_init or getattr(algorithm, "head_init", "random")
     settings = _lab_settings(lab, algorithm, dataset, schedule=schedule._asdict(), batch=batch, mu=mu,
                              momentum=momentum, weight_decay=weight_decay, seed=seed, init_seed=init_seed,
                              labelled="all", precision="float32", evals=evals, head_init=head_init)

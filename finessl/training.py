@@ -51,7 +51,8 @@ class Settings:
     peft: str = "vpt" # "vpt": prompts in every layer; "linear": heads on frozen features; others: see engine.adapters
     n_prompts: int|None = None # per layer; None: as many for its tokens as the paper's 50 for ViT-B/16's 197
     prompt_init: str = "random" # "random" as in the paper, or "tokens" of the labelled images
-    head_init: str = "random" # "random" as in the paper, or class "means" of the labelled images' features
+    head_init: str|None = None # "random" as in the paper, or class "means" of the labelled images' features;
+    # None: as the algorithm says, "random" where it says nothing
     labelled: str = "all" # "release": drop labelled images as the released loader does
     precision: str|None = None # "float32" or "bf16"; None: bf16 on a GPU that has it; a resume keeps its own
     evals: int = 10 # evaluations, evenly spaced, the last at the end; none is ever selected
@@ -118,6 +119,7 @@ def prepare(
     settings = replace(settings, views=settings.views or default_views(dataset, encoder),
                        init_seed=settings.seed if settings.init_seed is None else settings.init_seed,
                        n_prompts=n_prompts if settings.peft == "vpt" else 0,
+                       head_init=settings.head_init or getattr(algorithm, "head_init", "random"),
                        precision=settings.precision or group.broadcast_object(begun) or default_precision(device))
     runtime = replace(runtime, device=device,
                       compile=supports_compile(device) if runtime.compile is None else runtime.compile,
@@ -200,8 +202,9 @@ def batches(setup: Setup, start: int): # iterator over dicts, from `start` on
 # %% ../nbs/13_training.ipynb #caa36d01
 def train(setup: Setup, state: TrainState, save=None, stop: GracefulStop|None = None): # save(timer): write a checkpoint
     "Take the steps that are left: step; evaluate, save and stop where it is due."
-    (dataset, _, algorithm, s, r, group, recorded), schedule = setup, setup.settings.schedule
-    exclude_files(dataset, state.log["unreadable"])
+    s, r, group, algorithm = setup.settings, setup.runtime, setup.group, setup.algorithm
+    schedule = s.schedule
+    exclude_files(setup.dataset, state.log["unreadable"])
     eval_at, timer = {math.ceil(schedule.steps * i / s.evals) for i in range(1, s.evals + 1)}, Timer(state.log)
     state.watch.begin(setup)
     timer.lap("eval_seconds")
@@ -219,7 +222,7 @@ def train(setup: Setup, state: TrainState, save=None, stop: GracefulStop|None = 
             if state.step in eval_at:
                 run_evaluation(setup, state, timer)
                 bar.evaluated(state)
-                report_symptoms(state, algorithm, recorded, bar.warn, r.on_collapse)
+                report_symptoms(state, algorithm, setup.recorded, bar.warn, r.on_collapse)
             bar.advance(state)
             if save and not last and (end or r.checkpoint_every and state.step % r.checkpoint_every == 0): save(timer)
             if end and not (last and stop is not None):

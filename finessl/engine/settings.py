@@ -87,7 +87,7 @@ def validate(
     if s.prompt_init not in ("random", "tokens") or s.prompt_init == "tokens" and s.peft != "vpt":
         raise ValueError('prompt_init must be "random", or "tokens" where there are prompts (peft="vpt"), '
                          f'got {s.prompt_init!r} with peft={s.peft!r}')
-    if s.head_init not in ("random", "means"):
+    if s.head_init not in (None, "random", "means"):
         raise ValueError(f'head_init must be "random" or "means", got {s.head_init!r}')
     if runtime is not None: check_choice("on_collapse", runtime.on_collapse, ("warn", "stop"))
     check_range("lr", s.schedule.lr, above=True)
