@@ -12,7 +12,7 @@ tests = sorted((root / "tests").glob("*.py"))
 
 # rooms in reading order; what teaches the idea may not know the loop or an encoder
 MAIN = ("checks", "data", "lab", "pseudo_labels", "bias", "margin", "smoothing", "reweighting", "algorithms", "rivals",
-        "views", "backbone", "peft", "training", "gpu", "devices", "anchored")
+        "views", "backbone", "peft", "training", "gpu", "devices", "anchored", "labelling")
 IDEAS = ("pseudo_labels", "margin", "smoothing", "reweighting", "algorithms", "rivals")
 GROUND = ("errors", "atomic", "storage", "diff", "precision", "environment", "images", "prefetch", "processes",
           "metrics", "schedule", "operations", "downloads", "catalogue", "encoders", "weights")
