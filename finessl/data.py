@@ -27,6 +27,7 @@ class Split(NamedTuple):
     hash: str # 16 hex digits: source, classes, labelled images and sizes; equal splits have equal hashes
     skipped: int = 0 # unreadable files left out
     unreadable: tuple[str, ...] = () # their names
+    codes: tuple[tuple[str, str], ...] = () # part, code of its files; (): of what the data set holds
 
 # %% ../nbs/01_data.ipynb #f4c0d0cf
 class Dataset(NamedTuple):
@@ -228,7 +229,8 @@ def holdout(
     rest, split = is_kept.nonzero()[:, 0], dataset.split
     if split is not None:
         position = is_kept.cumsum(0) - 1
-        split = split._replace(idx_lb=position[split.idx_lb], hash=short_hash(split.hash, "holdout", cut.tolist()))
+        split = split._replace(idx_lb=position[split.idx_lb], codes=(),
+                               hash=short_hash(split.hash, "holdout", cut.tolist()))
     return dataset._replace(x_ulb=take_images(dataset.x_ulb, rest), y_ulb=y[rest],
                             x_test=take_images(dataset.x_ulb, cut), y_test=y[cut], split=split)
 

@@ -11,6 +11,7 @@ __all__ = ['DISK_FULL_ERRNOS', 'UNSUPPORTED_ERRNOS', 'WINDOWS', 'BINARY', 'NO_FO
 import contextlib, errno, functools, json, os, secrets, stat, sys
 from pathlib import Path
 from filelock import lock_descriptor
+from .errors import printable
 
 # %% ../../nbs/engine/atomic.ipynb #4bcf48cd
 DISK_FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) # no space on the disk, for the user, for one file
@@ -22,10 +23,8 @@ BINARY, NO_FOLLOW, NO_WAIT = (getattr(os, name, 0) for name in ("O_BINARY", "O_N
 @functools.cache
 def say_once(text: str):
     "A note on standard error, once a process; nothing where there is none."
-    # the name of a file may hold commands of a terminal
-    plain = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
     with contextlib.suppress(OSError, ValueError):
-        if sys.stderr is not None: print(f"finessl: note: {plain}", file=sys.stderr, flush=True)
+        if sys.stderr is not None: print(f"finessl: note: {printable(text)}", file=sys.stderr, flush=True)
 
 @contextlib.contextmanager
 def errors_name(path):
