@@ -10,6 +10,7 @@ __all__ = ['whole', 'TRAIN', 'ANCHORED', 'add_images', 'add_model', 'add_schedul
 # %% ../../nbs/cli/train.ipynb #f6b37c37
 import json, os, shlex, sys
 from pathlib import Path
+from .labels import add_labels, check_labels, load_labels
 from .options import NAMED, add_algorithm, algorithm_options, check_backbone, check_files, check_out
 from .options import chosen_algorithm
 from .options import env_rank, make_algorithm, path_type, peft_type, ranged_type, resolve_device
@@ -29,6 +30,7 @@ def add_images(p):
                    help="digits, cifar10, cifar100, food101, a folder with train/<class>/* (and where you have them "
                                   "test/<class>/* and unlabelled/*), or a folder with list files (labelled.txt, "
                                   "unlabelled.txt, test.txt)")
+    add_labels(g)
     g.add_argument("--preset", metavar="NAME",
                    help="a run of the paper, as cifar100-n4: data, encoder and constants; options given beside it win")
     g.add_argument("--normalisation", choices=("release", "encoder"),
@@ -121,6 +123,7 @@ TRAIN = """Train prompts and a head on a frozen encoder, from a few labelled and
 examples:
   finessl train --data digits --per-class 1 --out runs/digits
   finessl train --data photos --per-class 4 --out runs/photos --backbone timm:vit_tiny_patch16_224 --prompt-init tokens
+  finessl train --data photos --labels photos/labels.csv --out runs/photos
   finessl train --data digits --per-class 1 --out runs/free --algorithm freematch --momentum-stats .9
   finessl train --data digits --per-class 1 --out runs/digits --resume     after Ctrl-C or a crash"""
 
@@ -130,6 +133,7 @@ def load_dataset(args): # -> Dataset
     from finessl.data import digits
     from finessl.engine.folders import image_folder
     seed = args.seed if args.split_seed is None else args.split_seed
+    if args.labels: return load_labels(args, seed, skip_option(args))
     if args.data == "digits": return digits(args.per_class, seed)
     if args.data in ARCHIVES:
         from finessl.engine.named import torchvision_dataset
@@ -176,7 +180,7 @@ def check_train(args):
     "Refuse at once what cannot be meant."
     if args.preset: apply_preset(args)
     elif args.normalisation: raise UsageError("--normalisation belongs to --preset")
-    if not args.data: raise UsageError("finessl train needs --data, or --preset")
+    if not args.data and not args.labels: raise UsageError("finessl train needs --data, --labels or --preset")
     algorithm_options(args)
     if args.batch < args.processes * args.accumulate:
         raise UsageError(f"--batch {args.batch} cannot be divided into "
@@ -198,9 +202,10 @@ def check_data(args):
     named = args.data in NAMED
     if args.skip_unreadable and named:
         raise UsageError(f"--skip-unreadable belongs to a folder of images or list files, not to --data {args.data}")
+    check_labels(args)
     if named and args.per_class is None:
         raise UsageError(f"--data {args.data} needs --per-class: how many images per class are labelled")
-    if not named and not Path(args.data).exists():
+    if args.data and not named and not Path(args.data).exists():
         raise UsageError(f"--data {args.data}: path does not exist (by name there are digits, {', '.join(ARCHIVES)})")
 
 def check_run_folder(args):
@@ -245,7 +250,7 @@ def run_training(args, device): # device: a name, or None
     encoder = load_backbone(args.backbone, args.checkpoint, args.image_size) # before any image is decoded
     dataset, algorithm = load_dataset(args), make_algorithm(args)
     skipped = f"; left out as unreadable: {dataset.split.skipped}" if dataset.split.skipped else ""
-    say(f"{args.data}: {len(dataset.classes)} classes, {len(dataset.x_lb)} labelled images, "
+    say(f"{args.labels or args.data}: {len(dataset.classes)} classes, {len(dataset.x_lb)} labelled images, "
         f"{len(dataset.x_ulb)} in the pool, {len(dataset.x_test)} for the test{skipped}")
     if not args.algorithm and chosen_algorithm(args) == "anchored": say(ANCHORED)
     views = natural_views(encoder.image_size, *NORMALISATION[args.normalise]) if args.normalise else None
