@@ -6,6 +6,7 @@
 __all__ = ['MOST_CLUSTERS', 'SMALL', 'EXACT', 'typicality', 'cluster_images', 'typical_images', 'unsure_images']
 
 # %% ../nbs/17_labelling.ipynb #17a00004
+import warnings
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -33,9 +34,12 @@ def cluster_images(
 ) -> Tensor: # (N,) int64 in [0, n)
     "k-means; in mini-batches where images or clusters are many."
     from sklearn.cluster import KMeans, MiniBatchKMeans
+    from sklearn.exceptions import ConvergenceWarning
     if n <= 50 and len(feat) <= EXACT: kind = KMeans(n, n_init=10, random_state=seed)
     else: kind = MiniBatchKMeans(n, n_init=3, batch_size=4096, random_state=seed)
-    return torch.from_numpy(kind.fit_predict(feat.numpy())).long()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)    # copies of an image may leave clusters empty
+        return torch.from_numpy(kind.fit_predict(feat.numpy())).long()
 
 def typical_images(
     feat: Tensor, # (N, D) float, frozen features of the pool
