@@ -41,6 +41,7 @@ def cluster_images(
         warnings.simplefilter("ignore", ConvergenceWarning)    # copies of an image may leave clusters empty
         return torch.from_numpy(kind.fit_predict(feat.numpy())).long()
 
+# %% ../nbs/17_labelling.ipynb #17a0001f
 def typical_images(
     feat: Tensor, # (N, D) float, frozen features of the pool
     budget: int, # images to label, ≥ 1

@@ -102,13 +102,15 @@ def test_the_command_line_refuses_at_once(photos, tmp_path, refused):
     assert "--file-column belongs to --labels" in refused(*train, "--file-column", "x")
     assert "--test-fraction belongs to --labels" in refused(*train, "--test-fraction", ".2")
     assert "file does not exist" in refused(*train, "--labels", tmp_path / "none.csv")
-    assert "not to --data digits" in refused("train", "--data", "digits", "--per-class", 1, "--out", out, "--labels", table)
+    digits = ("train", "--data", "digits", "--per-class", 1, "--out", out)
+    assert "not to --data digits" in refused(*digits, "--labels", table)
     assert "needs --data, --labels or --preset" in refused("train", "--out", out)
     assert "folder does not exist" in refused("suggest", tmp_path / "none", "--budget", 3)
     assert "must be >= 1" in refused("suggest", photos, "--budget", 0)
     mine = tmp_path / "mine.csv"
     mine.write_text("my own notes\n")
-    assert "mine.csv" in refused("suggest", photos, "--budget", 3, "--out", mine) and mine.read_text() == "my own notes\n"
+    assert "mine.csv" in refused("suggest", photos, "--budget", 3, "--out", mine)
+    assert mine.read_text() == "my own notes\n"
     assert not out.exists()
 
 

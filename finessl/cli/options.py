@@ -135,8 +135,8 @@ def default_text(key: str) -> str: # "" for a switch
     return "; ".join([show(first), *(f"{name} {show(v)}" for name, v in values.items() if v != first)])
 
 # %% ../../nbs/cli/options.ipynb #0c15f1a6
-MEANT = ("anchored, for a folder of your own, where nobody knows yet whether pseudo-labels are good; finessl, as in the "
-         "paper; fixmatch and the six after it, its rivals; labelled-only, without the unlabelled images (default: "
+MEANT = ("anchored, for a folder of your own, where nobody knows yet whether pseudo-labels are good; finessl, as in "
+         "the paper; fixmatch and the six after it, its rivals; labelled-only, without the unlabelled images (default: "
          "anchored for a folder, else and with --preset finessl)")
 
 def add_algorithm(parser):

@@ -10,7 +10,7 @@ __all__ = ['whole', 'TRAIN', 'ANCHORED', 'add_images', 'add_model', 'add_schedul
 # %% ../../nbs/cli/train.ipynb #f6b37c37
 import json, os, shlex, sys
 from pathlib import Path
-from .labels import add_labels, check_labels, load_labels
+from .labels import add_labels, check_label_options, load_labels
 from .options import NAMED, add_algorithm, algorithm_options, check_backbone, check_files, check_out
 from .options import chosen_algorithm
 from .options import env_rank, make_algorithm, path_type, peft_type, ranged_type, resolve_device
@@ -202,7 +202,7 @@ def check_data(args):
     named = args.data in NAMED
     if args.skip_unreadable and named:
         raise UsageError(f"--skip-unreadable belongs to a folder of images or list files, not to --data {args.data}")
-    check_labels(args)
+    check_label_options(args)
     if named and args.per_class is None:
         raise UsageError(f"--data {args.data} needs --per-class: how many images per class are labelled")
     if args.data and not named and not Path(args.data).exists():
