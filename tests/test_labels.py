@@ -121,3 +121,12 @@ def test_images_of_one_kind_are_suggested_once():
     chosen = typical_images(feat, 40)
     assert sorted(chosen.tolist()) == list(range(30))                         # all, where the budget is larger
     assert len(typical_images(feat, 30, labelled=range(28))) == 2
+
+
+def test_a_broken_image_is_left_out_and_counted(photos, tmp_path, capsys):
+    (tmp_path / "p").mkdir()
+    for name in NAMES: (tmp_path / "p" / name).write_bytes((photos / name).read_bytes()[:9 if name == NAMES[0] else None])
+    assert cli_main.main(["suggest", str(tmp_path / "p"), "--budget", "8", "--out", str(tmp_path / "t.csv")]) == 0
+    assert "left out as unreadable: 1 of 8 files" in capsys.readouterr().err
+    lines = (tmp_path / "t.csv").read_text(encoding="utf-8").splitlines()
+    assert lines[0] == "file,label" and not any(NAMES[0] in line for line in lines) and len(lines) > 1

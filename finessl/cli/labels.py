@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SUGGEST', 'HEAD', 'READ_SIZE', 'add_columns', 'add_labels', 'check_label_options', 'load_labels', 'add_suggest',
-           'describe_images', 'read_labelled', 'suggest_command', 'save_suggestions']
+           'load_describer', 'describe_images', 'read_labelled', 'suggest_command', 'save_suggestions']
 
 # %% ../../nbs/cli/labels.ipynb #c1ab0004
 import csv, sys
@@ -77,34 +77,42 @@ def add_suggest(commands, common):
 # %% ../../nbs/cli/labels.ipynb #c1ab0009
 READ_SIZE = 256 # px, as folders of differing images are read
 
-def describe_images(args, files): # -> (N, D) features; (N, C) probabilities, or None
-    "What an encoder, and a trained model where there is one, say of images."
-    import torch
+def load_describer(args): # -> images -> (N, D) features; features -> (N, C) logits or None; side that files are read at
+    "An encoder, with a trained head where there is one."
     from finessl.backbone import load_backbone
     from finessl.engine.evaluation import predict_logits
-    from finessl.engine.images import ImageFiles
+    from finessl.engine.precision import default_device
     from finessl.engine.runs import load_run
     from finessl.views import View
-    from finessl.engine.precision import default_device
     device = resolve_device(args.device) or default_device()
     if args.trained:
         run = load_run(args.trained, args.checkpoint, device)
-        x = ImageFiles(files, run.record["read_size"])
-        with torch.no_grad(): feat = predict_logits(run.model.features, x, run.eval_view, device)
-        return feat, run.predict(x)
-    encoder = load_backbone(args.backbone, args.checkpoint, args.image_size).to(device)
-    view = View(encoder.image_size, encoder.mean, encoder.std)
-    with torch.no_grad(): return predict_logits(encoder, ImageFiles(files, READ_SIZE), view, device), None
+        encoder, view, head, size = run.model.features, run.eval_view, run.model.head.cpu(), run.record["read_size"]
+    else:
+        encoder, head, size = load_backbone(args.backbone, args.checkpoint, args.image_size).to(device), None, READ_SIZE
+        view = View(encoder.image_size, encoder.mean, encoder.std)
+    return lambda x: predict_logits(encoder, x, view, device), head, size
 
-def read_labelled(args, files) -> tuple[list, list[int]]: # rows of the table, positions of labelled files
+def describe_images(args, files): # -> files that can be read, (N, D) their features, (N, C) probabilities or None
+    "What an encoder, and a trained model where there is one, say of images."
+    import torch
+    from tqdm import tqdm
+    from finessl.engine.images import ImageFiles, SkippedFiles
+    (features, head, size), broken = load_describer(args), SkippedFiles(args.folder)
+    with torch.no_grad():
+        feat = torch.cat([features(ImageFiles(files[i:i + 128], size, broken))
+                          for i in tqdm(range(0, len(files), 128), "128 images", disable=None, leave=False)])
+        keep = [i for i, file in enumerate(files) if broken.name(file) not in broken]
+        if broken: print(f"finessl: left out as unreadable: {len(broken)} of {len(files)} files", file=sys.stderr)
+        return [files[i] for i in keep], feat[keep], None if head is None else head(feat[keep]).softmax(1)
+
+def read_labelled(args) -> tuple[list, set]: # rows of the table, files that have a label
     "What a table says already."
-    if not args.labels: return [], []
-    from finessl.engine.tables import find_file, read_table
+    if not args.labels: return [], set()
+    from finessl.engine.tables import match_files, read_table
     rows = read_table(args.labels, args.file_column, args.label_column)
-    place = {file.resolve(): i for i, file in enumerate(files)}
-    folders = [args.folder, args.labels.parent]
-    found = [place.get(find_file(row, folders, str(args.labels)).resolve()) for row in rows if row.label]
-    return rows, [i for i in found if i is not None]
+    found = match_files(rows, [args.folder, args.labels.parent], str(args.labels))
+    return rows, {path for path, row in found.items() if row.label}
 
 def suggest_command(args):
     "finessl suggest"
@@ -119,8 +127,9 @@ def suggest_command(args):
     files = list_images(args.folder).files
     if not files: raise UsageError(f"{args.folder} holds no image files")
     if args.out: refuse_inputs(args.out, [*files, args.labels])
-    rows, labelled = read_labelled(args, files)
-    feat, p = describe_images(args, files)
+    rows, known = read_labelled(args)
+    files, feat, p = describe_images(args, files)
+    labelled = [i for i, file in enumerate(files) if file.resolve() in known]
     if p is None: chosen = typical_images(feat, args.budget, labelled, args.seed)
     else: chosen = unsure_images(feat, p, args.budget, labelled, args.seed)
     old = {row.file for row in rows}
