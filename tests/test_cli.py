@@ -58,7 +58,7 @@ def folder(tmp_path_factory):
         mine = bunch.images[bunch.target == c]
         for part, ks in numbers.items():
             for k in ks: save(where / part / name / f"{k}.png", mine[k])
-    for k in range(5): save(where / "unlabelled" / f"{k}.png", bunch.images[k])
+    for k in range(5): save(where / "unlabelled" / f"{k}.png", bunch.images[-1 - k])
     return where
 
 
