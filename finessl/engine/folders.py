@@ -136,17 +136,19 @@ def image_folder(
 
 # %% ../../nbs/engine/folders.ipynb #20fa318e
 def _read_lists(folder: Path) -> list[list]: # -> labelled, unlabelled, test: (path, label)
-    "The lists of a folder, and a note on part folders that no list stands for."
+    "The lists of a folder."
     lists = find_lists(folder)
     if "labelled" not in lists: raise DataError(f"list file does not exist: {folder / 'labelled.txt'}")
-    out = [read_list(lists[part], part != "unlabelled") if part in lists else []
-           for part in ("labelled", "unlabelled", "test")]
-    listed = {os.path.normpath(folder / p) for part in out for p, _ in part}
+    return [read_list(lists[part], part != "unlabelled") if part in lists else []
+            for part in ("labelled", "unlabelled", "test")]
+
+def _say_unlisted(folder: Path, pairs: list): # (path, label) of all lists
+    "A note on part folders that no list stands for."
+    lists, listed = find_lists(folder), {os.path.normpath(folder / path) for path, _ in pairs}
     for part in ("unlabelled", "test"):
         for place in part_folders(folder, part) if part not in lists else ():
             n = sum(os.path.normpath(file) not in listed for file in list_images(place).files)
             if n: say_once(f"{place} is not read ({n} images): there are list files, and none is called {part}.txt")
-    return out
 
 def class_names(labels) -> tuple[str, ...]:
     "Names in order; numbers as numbers."
@@ -154,7 +156,7 @@ def class_names(labels) -> tuple[str, ...]:
     return tuple(sorted(names, key=lambda n: (int(n), n)) if all(n.isascii() and n.isdigit() for n in names)
                  else sorted(names))
 
-def _say_listed_twice(folder: Path, lb: list, test: list): # (path, label)
+def _say_listed_twice(lb: list, test: list): # (path, label)
     "A note on lines that say the same, and on test images among the labelled ones."
     plain = [[os.path.normpath(path) for path, _ in part] for part in (lb, test)]
     for name, part in zip(("labelled", "test"), plain):
@@ -177,7 +179,7 @@ def image_lists(
     place = {name: k for k, name in enumerate(classes)}
     if strange := next((l for _, l in test if l not in place), None):
         raise DataError(f"class {strange!r} is in {folder / 'test.txt'} but not in {folder / 'labelled.txt'}")
-    _say_listed_twice(folder, lb, test)
+    twice, all_pairs = [lb, test], lb + ulb + test
     skipped = files_to_skip(folder,
                             [folder / path for path in dict.fromkeys(p for part in (lb, ulb, test) for p, _ in part)],
                             unreadable, max_megapixels)
@@ -197,6 +199,7 @@ def image_lists(
     split = Split(f"lists:{folder.resolve().name}", seed, n_per_class, torch.tensor([there[p] for p, _ in chosen_lb]),
                   short_hash((classes, chosen_lb, len(pool), len(test))), len(skipped or ()),
                   tuple(sorted(skipped or ())))
+    _say_listed_twice(*twice), _say_unlisted(folder, all_pairs)
     ds = Dataset(files(chosen_lb), y_lb[chosen], files(pool), label(pool), files(test), label(test), classes, split)
     return ds._replace(split=split._replace(codes=_list_codes(folder, ds, files(lb).files, y_lb)))
 

@@ -115,7 +115,7 @@ def spawn_worker(
         if loopback(): env.setdefault(f"{library}_SOCKET_IFNAME", loopback())
     # a Ctrl-C in the terminal reaches them through us, once
     session = {} if os.name == "nt" else {"start_new_session": True}
-    command = [sys.executable, "-P", "-c", WORKER_SCRIPT, str(folder)] # -P: modules from where we have ours, see above
+    command = [sys.executable, "-P", "-c", WORKER_SCRIPT, str(folder)]
     with block_sigint(): return subprocess.Popen(command, env=env, stdin=subprocess.PIPE, **session)
 
 # %% ../../nbs/engine/launch.ipynb #eba6d2eb
