@@ -21,6 +21,7 @@ from .engine.batches import compute_logits, make_batch
 from .engine.checkpoint import TrainState, resume_from, runtime_info, save_checkpoint, saved_setting
 from .engine.environment import environment
 from .engine.evaluation import evaluate, finalize_log, predict_logits
+from .engine.fingerprint import image_codes, may_change
 from .engine.images import exclude_files, unreadable_files
 from .engine.metrics import MetricAccumulator, NonFiniteGuard
 from .engine.moved import RENAMED, moved_names
@@ -126,6 +127,7 @@ def prepare(
                       prefetch_depth=default_prefetch_depth(dataset, device) if depth is None else depth)
     recorded = build_settings(dataset, encoder, algorithm, settings.views, settings.schedule,
                               **{name: getattr(settings, name) for name in RECORDED})
+    if not may_change(dataset): recorded["images"] = image_codes(dataset)
     group.assert_same(recorded, "settings")
     setup = Setup(dataset, encoder, algorithm, settings, runtime, group, recorded)
     run_info(setup)                                            # what cannot be written down is refused now
@@ -235,6 +237,7 @@ def runtime_of(setup: Setup) -> dict:
     "What may change at a resume, and is named then."
     how = {"processes": setup.group.world_size, "accumulate": setup.runtime.accumulate,
            "compile": setup.runtime.compile}
+    if may_change(setup.dataset): how["images"] = image_codes(setup.dataset)
     return runtime_info(setup.group.device) | how
 
 def save_progress(setup: Setup, state: TrainState, held, timer: Timer): # held: None in a process that writes nothing

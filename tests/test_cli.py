@@ -58,7 +58,7 @@ def folder(tmp_path_factory):
         mine = bunch.images[bunch.target == c]
         for part, ks in numbers.items():
             for k in ks: save(where / part / name / f"{k}.png", mine[k])
-    for k in range(5): save(where / "unlabelled" / f"{k}.png", bunch.images[k])
+    for k in range(5): save(where / "unlabelled" / f"{k}.png", bunch.images[-1 - k])
     return where
 
 
@@ -249,7 +249,7 @@ def one_class(data):
     (one_class, 2, "one class only ('zero')"),
     (lambda d: (d / "test/one").rename(d / "test/seven"), 2, "'seven'"),
     (lambda d: None, 7, "'one') has 6 images, fewer than the 7"),
-    (lambda d: (d / "train").rename(d / "training"), 2, "train/"),
+    (lambda d: (d / "train").rename(d / "photos"), 2, "train/"),
 ], ids=["empty file", "cut file", "not an image", "cut, unlabelled", "one class", "test class missing in training",
         "too few images", "no train folder"])
 def test_bad_images_are_named_and_nothing_is_written(refused, folder, tmp_path, change, n, says):

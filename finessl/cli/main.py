@@ -13,7 +13,7 @@ from .labels import add_suggest
 from .options import Parser, env_rank, prog_name
 from .predict import add_predict
 from .train import add_train
-from ..engine.errors import PeerFailed, TrainingError, UnreadableError
+from ..engine.errors import PeerFailed, TrainingError, UnreadableError, printable
 
 # %% ../../nbs/cli/main.ipynb #87fbb0dd
 MAIN = """Fine-tune a frozen foundation model from a handful of labels (FineSSL, Gan & Wei 2024).
@@ -72,7 +72,7 @@ def main(
 # %% ../../nbs/cli/main.ipynb #fe6b737d
 def format_message(message: str, kind: str = "error: ") -> str:
     "What is said on standard error."
-    return f"finessl: {kind}{' '.join(message.split())}\n"
+    return f"finessl: {kind}{printable(' '.join(message.split()))}\n"
 
 def print_error(text: str, code: int) -> int:
     "Say it on standard error; the exit code."

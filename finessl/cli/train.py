@@ -15,7 +15,7 @@ from .options import NAMED, add_algorithm, algorithm_options, check_backbone, ch
 from .options import chosen_algorithm
 from .options import env_rank, make_algorithm, path_type, peft_type, ranged_type, resolve_device
 from ..engine.downloads import ARCHIVES
-from ..engine.errors import UsageError
+from ..engine.errors import UsageError, printable
 from ..engine.peft_names import SIZES
 from ..engine.storage import RUN_FILES, read_marker
 from ..studies.presets import presets
@@ -44,6 +44,8 @@ def add_images(p):
     g.add_argument("--skip-unreadable", action="store_true",
                    help="leave out image files that cannot be read, now or later in the run, and name them in the "
                         "record")
+    g.add_argument("--max-megapixels", metavar="MP", type=ranged_type(float, 0, least_allowed=False),
+                   help="largest image that is read (default: FINESSL_MAX_MEGAPIXELS of the environment, else 179)")
     g.add_argument("--data-dir", metavar="DIR", default="~/.cache/finessl",
                    help="where cifar10, cifar100 and food101 lie or are downloaded to")
 
@@ -131,18 +133,16 @@ examples:
 def load_dataset(args): # -> Dataset
     "The data that the command line names."
     from finessl.data import digits
-    from finessl.engine.folders import image_folder
+    from finessl.engine.folders import image_folder, image_lists
     seed = args.seed if args.split_seed is None else args.split_seed
     if args.labels: return load_labels(args, seed, skip_option(args))
     if args.data == "digits": return digits(args.per_class, seed)
     if args.data in ARCHIVES:
         from finessl.engine.named import torchvision_dataset
         return torchvision_dataset(args.data, args.per_class, seed, args.data_dir)
-    unreadable = skip_option(args)
-    if (Path(args.data) / "labelled.txt").exists():
-        from finessl.engine.folders import image_lists
-        return image_lists(args.data, args.per_class, seed, unreadable=unreadable)
-    return image_folder(args.data, args.per_class, seed, unreadable=unreadable)
+    from finessl.engine.lists import find_lists
+    make = image_lists if "labelled" in find_lists(args.data) else image_folder
+    return make(args.data, args.per_class, seed, unreadable=skip_option(args), max_megapixels=args.max_megapixels)
 
 def skip_option(args): # "raise", "skip", or a list of names
     "Leave out what `--skip-unreadable` says, or at a resume what the run left out when it began."
@@ -246,7 +246,7 @@ def run_training(args, device): # device: a name, or None
     from finessl.backbone import load_backbone
     from finessl.devices import fit_distributed
     from finessl.views import NORMALISATION, natural_views
-    say = (lambda text: None) if args.quiet or env_rank() else lambda text: print(text, flush=True)
+    say = (lambda text: None) if args.quiet or env_rank() else lambda text: print(printable(text), flush=True)
     encoder = load_backbone(args.backbone, args.checkpoint, args.image_size) # before any image is decoded
     dataset, algorithm = load_dataset(args), make_algorithm(args)
     skipped = f"; left out as unreadable: {dataset.split.skipped}" if dataset.split.skipped else ""

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CHECKPOINT', 'DIGEST', 'PREVIOUS', 'FORMAT', 'empty_log', 'TrainState', 'save_checkpoint', 'runtime_info',
-           'load_verified', 'latest_checkpoint', 'saved_setting', 'checked', 'read_checkpoint', 'restore',
+           'load_verified', 'latest_checkpoint', 'saved_setting', 'comparable', 'checked', 'read_checkpoint', 'restore',
            'resume_from']
 
 # %% ../../nbs/engine/checkpoint.ipynb #d769a155
@@ -90,6 +90,14 @@ def saved_setting(setting: str, folder): # folder: of a run to go on with, or No
     return None if c is None else json.loads(c["settings"]).get(setting)
 
 # %% ../../nbs/engine/checkpoint.ipynb #597c9506
+def comparable(there: dict, here: dict) -> tuple[dict, dict]: # two runs' settings
+    "The same without what does not make another run: the folder's name where its images are equal, codes not in both."
+    def part(settings):
+        rest = {k: v for k, v in settings.items() if k != "images" or "images" in there and "images" in here}
+        if there["dataset"]["hash"] != here["dataset"]["hash"]: return rest
+        return rest | {"dataset": {k: v for k, v in settings["dataset"].items() if k != "source"}}
+    return part(there), part(here)
+
 def checked(path: Path, content: bytes, settings: dict, device) -> dict: # content: of the file
     "One checkpoint file's content, if it is whole and of this run; a TrainingError otherwise."
     if (c := load_verified(content, device)) is None:
@@ -97,7 +105,7 @@ def checked(path: Path, content: bytes, settings: dict, device) -> dict: # conte
     if c.get("format") != FORMAT:
         raise TrainingError(f"{path} was written by an older version of finessl: finish that run with it, "
                             "or name another folder")
-    if differ := diff_settings(json.loads(c["settings"]), json.loads(json.dumps(settings))):
+    if differ := diff_settings(*comparable(json.loads(c["settings"]), json.loads(json.dumps(settings)))):
         raise mismatch_error(path, differ)
     return c
 

@@ -48,7 +48,11 @@ def digest_files(
     files = list(dict.fromkeys(os.fspath(part[i]) for part in parts for i in sample_evenly(len(part))))
     return dict(zip(files, map_threaded(file_digest, files)))
 
-def files_code(files: list, names: list[str], y: Tensor | None, digests: dict) -> str: # y: (N,) labels, where they count
+def files_code(
+    files: list, names: list[str], # paths, and as what they count
+    y: Tensor | None, # (N,) int64 labels, where they count
+    digests: dict # of `digest_files`
+) -> str:
     "16 hex digits: names, order, labels, and contents of the files that were read."
     h = hashlib.sha256("\0".join(names).encode("utf-8", "surrogatepass"))
     if y is not None: h.update(y.cpu().numpy().astype("<i8").tobytes())
@@ -110,8 +114,8 @@ def say_same(
         known = {y for part, y in part_of.values() if y is not None and part != "test"}
         test = [file for file, (part, _) in part_of.items() if part == "test"]
         rest = [file for file, (part, _) in part_of.items() if part != "test"]
-        if len(known) > 1: classes.append(f"{name(rest[0])} = {name(next(f for f in rest if where[f] != where[rest[0]]))}")
-        elif len(rest) > 1 and len({where[f][0] for f in rest}) > 1: copies.append(f"{name(rest[0])} = {name(rest[-1])}")
+        other = next((file for file in rest if where[file] != where[rest[0]]), None) # another class, or without one
+        if other: (classes if len(known) > 1 else copies).append(f"{name(rest[0])} = {name(other)}")
         if test and rest: tested.append(f"{name(test[0])} = {name(rest[0])}")
     for pairs, what in ((classes, "the same image in two classes"), (copies, "a labelled image also without a label"),
                         (tested, "the same image in the test part and in training, so that the test is too kind")):

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['EXIT_DISK_FULL', 'WORKER_SCRIPT', 'worker_main', 'exit_with_parent', 'save_for_parent', 'disk_full_error',
-           'send_error', 'pickle_error', 'block_sigint', 'spawn_worker', 'wait_workers', 'collect_error', 'launch',
-           'exchange_folder']
+           'send_error', 'pickle_error', 'block_sigint', 'loopback', 'spawn_worker', 'wait_workers', 'collect_error',
+           'launch', 'exchange_folder']
 
 # %% ../../nbs/engine/launch.ipynb #b90857bb
-import contextlib, os, pickle, shutil, signal, subprocess, sys, tempfile, threading, time, traceback
+import contextlib, os, pickle, shutil, signal, socket, subprocess, sys, tempfile, threading, time, traceback
 from pathlib import Path
 import torch
 from .errors import PeerFailed, PeerLost, TrainingError, UsageError
@@ -93,6 +93,11 @@ def block_sigint():
     finally: signal.pthread_sigmask(signal.SIG_SETMASK, old)
 
 # %% ../../nbs/engine/launch.ipynb #8191ea03
+def loopback() -> str: # "" where the system names none
+    "The network interface that nobody else reaches."
+    names = [name for _, name in socket.if_nameindex()] if hasattr(socket, "if_nameindex") else []
+    return next((name for name in ("lo", "lo0") if name in names), "")
+
 def spawn_worker(
     folder, # where the call lies
     rank: int, processes: int,
@@ -102,13 +107,15 @@ def spawn_worker(
     env = os.environ | {"RANK": str(rank), "LOCAL_RANK": str(rank),
                         "WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes),
                         "FINESSL_MEET": (Path(folder) / "meet").as_uri(),
-                        "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+                        "PYTHONPATH": os.pathsep.join(p or os.getcwd() for p in sys.path)}
     if not threads and "OMP_NUM_THREADS" not in env: threads = max(1, torch.get_num_threads() // processes)
     if threads: env["OMP_NUM_THREADS"] = str(threads)
     env.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    for library in ("GLOO", "NCCL"):                           # nothing listens to the network
+        if loopback(): env.setdefault(f"{library}_SOCKET_IFNAME", loopback())
     # a Ctrl-C in the terminal reaches them through us, once
     session = {} if os.name == "nt" else {"start_new_session": True}
-    command = [sys.executable, "-c", WORKER_SCRIPT, str(folder)]
+    command = [sys.executable, "-P", "-c", WORKER_SCRIPT, str(folder)]
     with block_sigint(): return subprocess.Popen(command, env=env, stdin=subprocess.PIPE, **session)
 
 # %% ../../nbs/engine/launch.ipynb #eba6d2eb

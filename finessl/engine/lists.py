@@ -36,7 +36,8 @@ def split_line(line: str) -> tuple[str, str|None]: # -> path, label
         row = [cell.strip() for cell in next(csv.reader([line], delimiter=mark))] if '"' in line else \
             line.rstrip(f"{mark} ").rsplit(mark, 1)
         while len(row) > 1 and not row[-1]: row.pop()
-        if mark == "\t" or _is_image(row[0]): return (row[0].strip(), row[1].strip()) if len(row) > 1 else (row[0], None)
+        path, label = row[0].strip(), row[1].strip() if len(row) > 1 else None
+        if mark == "\t" or _is_image(path): return path, label
     line = line.strip('"')
     if _is_image(line): return line, None
     path, _, label = line.rpartition(" ")
@@ -76,6 +77,6 @@ def find_lists(folder) -> dict[str, Path]: # part -> file, of those that are the
         meant = [n for n in names if os.path.splitext(n.lower())[0] in spellings
                  and os.path.splitext(n.lower())[1] in endings]
         if f"{part}.txt" in meant: meant = [f"{part}.txt"]
-        if len(meant) > 1: raise DataError(f"{folder} holds {' and '.join(meant)}; call the one that is meant {part}.txt")
+        if len(meant) > 1: raise DataError(f"{folder} holds {' and '.join(meant)}; call the one meant {part}.txt")
         if meant: found[part] = Path(folder, meant[0])
     return found

@@ -119,7 +119,7 @@ def class_folders(folder: Path) -> dict[str, Listing]: # name -> its files, sort
         name, ending = unicodedata.normalize("NFC", e.name), e.suffix.lower()
         if e.is_dir() and is_hidden(e.name): passed[e] = "a system's own folder"
         elif e.is_dir() and name in listings:
-            raise DataError(f"{folder} holds two folders whose names look the same: {name!r}; put their images together")
+            raise DataError(f"{folder} holds two folders whose names look the same, {name!r}; make one of them")
         elif e.is_dir(): listings[name] = list_images(e)
         elif ending in image_extensions():
             raise DataError(f"{e} lies outside the class folders; put it into {folder.name}/<class>/, "

@@ -16,6 +16,7 @@ from .catalogue import Weights, no_weights
 from .downloads import missing_weights, url_error
 from .encoders import EncoderSpec, is_timm, megabytes, vision_trunk
 from .errors import BackboneError
+from .torchscript import archive_root, read_torchscript
 
 # %% ../../nbs/engine/weights.ipynb #d2c41f26
 def fetch_weights(
@@ -38,12 +39,13 @@ def fetch_weights(
 
 # %% ../../nbs/engine/weights.ipynb #fedae549
 def read_weights(
-    path # a file: safetensors, or a dict of tensors from `torch.save`
+    path # a file: safetensors, a dict of tensors from `torch.save`, or TorchScript
 ) -> dict[str, Tensor]:
     "The tensors in a file, by name, without running any code that it may hold."
     path = Path(path)
     if not path.is_file(): raise BackboneError(f"there is no weights file {path}")
     with path.open("rb") as f: start = f.read(9)
+    if archive_root(path): return _unwrapped(path, read_torchscript(path))
     try: loaded = load_file(path) if start[8:] == b"{" else torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise BackboneError(f"{path} holds more than tensors, or is no weights file; "
