@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from .engine.errors import DataError, check_int
 from .engine.images import ImageFiles
+from .engine.torch_state import fresh_torch
 
 # %% ../nbs/01_data.ipynb #4428cca6
 class Split(NamedTuple):
@@ -78,6 +79,7 @@ def _labels(name: str, y) -> Tensor:
     return y.long()
 
 # %% ../nbs/01_data.ipynb #383f5c28
+@fresh_torch()
 def split_labels(
     y, # (N,) whole numbers in [0, C), the label of every image
     n_per_class: int, # labelled images per class, >= 1
@@ -103,6 +105,7 @@ def _of_them_lost(n: int) -> str: return f"; {n} more {'was' if n == 1 else 'wer
 
 # %% ../nbs/01_data.ipynb #8f2890be
 @functools.cache
+@fresh_torch()
 def load_digit_images() -> tuple[Tensor, Tensor]:
     "scikit-learn's handwritten digits as uint8 (1797, 3, 32, 32), and their labels."
     from sklearn.datasets import load_digits
@@ -127,6 +130,7 @@ def short_hash(*parts) -> str:
     return hashlib.sha256("\n".join(map(str, parts)).encode()).hexdigest()[:16]
 
 # %% ../nbs/01_data.ipynb #022aa0cb
+@fresh_torch()
 def digits(
     n_per_class: int | None, # labelled images per class; None: the whole pool is labelled
     seed: int, # of the split: test part and labelled part
@@ -210,6 +214,7 @@ def take_images(
     return x.select(idx) if isinstance(x, ImageFiles) else x[idx]
 
 # %% ../nbs/01_data.ipynb #d33f1de3
+@fresh_torch()
 def holdout(
     dataset: Dataset,
     n: int = 400, # images to cut

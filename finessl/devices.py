@@ -16,6 +16,7 @@ from .engine.precision import default_device
 from .engine.processes import device_for_rank
 from .engine.runs import TrainedRun
 from .engine.settings import validate
+from .engine.torch_state import fresh_torch
 from .peft import build_model, trainable_state_dict
 from .training import Runtime, Settings, fit, read_keywords
 from .views import default_views
@@ -41,6 +42,7 @@ def fit_in_worker(*args, **kwargs): # -> record, what was trained
     run = fit(*args, **kwargs)
     return run.record, {k: v.detach().cpu() for k, v in trainable_state_dict(run.model).items()}
 
+@fresh_torch()
 def fit_distributed(
     processes: int, # GPUs, or processes that share the CPU's cores
     dataset: Dataset, backbone, algorithm, settings: Settings|None = None, runtime: Runtime|None = None, # as for `fit`

@@ -32,6 +32,7 @@ from .engine.recovery import EVAL_ADVICE, explained, memory_advice, step_advice
 from .engine.runs import TrainedRun, load_run, run_folder, save_run
 from .engine.schedule import SHORT_SCHEDULE, Schedule, cosine_lr, pace_is_due
 from .engine.settings import build_settings, validate, python_numbers, run_info
+from .engine.torch_state import fresh_torch
 from .engine.watch import Watch, report_symptoms
 from .peft import build_model, default_n_prompts, init_heads_from_means, init_prompts_from_tokens
 from .peft import weights_sha256
@@ -104,6 +105,7 @@ RECORDED = ("peft", "n_prompts", "batch", "mu", "momentum", "weight_decay", "see
             "precision", "evals", "prompt_init", "head_init") # fields of Settings that are written as they are
 
 # %% ../nbs/13_training.ipynb #6f98593b
+@fresh_torch()
 def prepare(
     dataset: Dataset, backbone, algorithm, settings: Settings = Settings(), runtime: Runtime = Runtime(),
     group: ProcessGroup|None = None, # None: the processes that were started, or this one alone
@@ -135,6 +137,7 @@ def build_optimizer(model, schedule: Schedule, momentum: float, weight_decay: fl
     return torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=schedule.lr, momentum=momentum,
                            weight_decay=weight_decay, fused=True)
 
+@fresh_torch()
 def build_state(
     setup: Setup,
     model=None # None: encoder, prompts and heads from the settings
@@ -198,6 +201,7 @@ def batches(setup: Setup, start: int): # iterator over dicts, from `start` on
     return prefetch(make, range(start, s.schedule.steps), setup.runtime.prefetch_depth, group.device)
 
 # %% ../nbs/13_training.ipynb #caa36d01
+@fresh_torch()
 def train(setup: Setup, state: TrainState, save=None, stop: GracefulStop|None = None): # save(timer): write a checkpoint
     "Take the steps that are left: step; evaluate, save and stop where it is due."
     (dataset, _, algorithm, s, r, group, recorded), schedule = setup, setup.settings.schedule
@@ -241,6 +245,7 @@ def save_progress(setup: Setup, state: TrainState, held, timer: Timer): # held: 
     if setup.group.is_main: save_checkpoint(held, state, setup.recorded, runtime_of(setup))
 
 # %% ../nbs/13_training.ipynb #49848e89
+@fresh_torch()
 def finish(setup: Setup, state: TrainState) -> TrainedRun:
     "The trained model with its record."
     group = setup.group
@@ -249,6 +254,7 @@ def finish(setup: Setup, state: TrainState) -> TrainedRun:
     return TrainedRun(state.model.eval(), record, setup.settings.views.eval_view, group.device)
 
 # %% ../nbs/13_training.ipynb #f5ce4b30
+@fresh_torch()
 def fit(
     dataset: Dataset, # images and labels; see the data notebook
     backbone, # an encoder, or a name for load_backbone

@@ -14,6 +14,7 @@ from ..data import Dataset, Split, short_hash, split_labels
 from .errors import DataError, UnreadableError, check_int
 from .images import ImageFiles, SkippedFiles, image_extensions, map_threaded, open_image
 from .images import read_image
+from .torch_state import fresh_torch
 
 # %% ../../nbs/engine/folders.ipynb #3923e050
 def _image_list(folder: Path) -> tuple[list[Path], str]:
@@ -95,6 +96,7 @@ def files_to_skip(
     return SkippedFiles(root, (out.name(file) for file, ok in zip(files, map_threaded(good, files)) if not ok))
 
 # %% ../../nbs/engine/folders.ipynb #3fbcedf7
+@fresh_torch()
 def image_folder(
     path, # folder with train/<class>/*, optional test/<class>/* and unlabelled/*
     n_per_class: int | None = None, # labelled images per class; None: all of train/
@@ -148,6 +150,7 @@ def read_list(
     return pairs
 
 # %% ../../nbs/engine/folders.ipynb #20fa318e
+@fresh_torch()
 def image_lists(
     folder, # holds labelled.txt, and where you have them unlabelled.txt and test.txt; paths in them count from here
     n_per_class: int|None = None, # labelled images per class, drawn from labelled.txt; None: all of them

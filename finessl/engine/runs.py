@@ -18,6 +18,7 @@ from .images import ImageFiles
 from .old_records import upgrade_record
 from .precision import default_device
 from .storage import RUN_FILES, LockedFolder, encode_json, lock_folder, refuse_inputs
+from .torch_state import fresh_torch
 from ..peft import TwoHeadModel, build_model, trainable_state_dict, weights_sha256
 from ..views import View
 
@@ -30,6 +31,7 @@ class TrainedRun:
     @property
     def classes(self): return tuple(self.record["classes"])
 
+    @fresh_torch()
     def predict(self,
         images: Tensor|ImageFiles|list # uint8 (N, 3, H, W), an ImageFiles, or a list of image files
     ) -> Tensor: # (N, C) float32 probabilities
@@ -86,6 +88,7 @@ def load_trainable(path: Path, model: TwoHeadModel) -> dict: # name -> tensor
     return trained
 
 # %% ../../nbs/engine/runs.ipynb #5d3e90b7
+@fresh_torch()
 def load_run(
     folder, # of a finished run
     checkpoint=None, # weights file of the encoder, where the record's is elsewhere now
