@@ -41,6 +41,12 @@ class Dataset(NamedTuple):
     classes: tuple[str, ...] # C names
     split: Split | None = None # None: made by hand
 
+    @classmethod
+    def from_torch(cls, labelled, unlabelled=None, test=None, classes=None, image_size: int | None = None) -> "Dataset":
+        "From torch's data sets, by `finessl.engine.inputs.from_torch`."
+        make = importlib.import_module("finessl.engine.inputs").from_torch
+        return make(labelled, unlabelled, test, classes, image_size)
+
 # %% ../nbs/01_data.ipynb #086e3c16
 _IN_WORKSHOP = MappingProxyType({"image_folder": "folders", "image_lists": "folders", "read_image": "images",
                                  "UnreadableError": "errors"})
@@ -189,6 +195,9 @@ def check_dataset(
     ds: Dataset # made by hand or by a function of this module
 ) -> Dataset: # the same, so that the call can be put around it
     "Raise a DataError that names what is wrong with a data set, if anything is."
+    if not isinstance(ds, Dataset):
+        raise DataError(f"dataset must be a finessl.data.Dataset, got {type(ds).__name__}; "
+                        "Dataset.from_torch(labelled, unlabelled, test) makes one of torch's")
     C = len(ds.classes)
     if C < 2: raise DataError(f"a data set needs at least 2 classes, got {C}")
     for name, x, y, least in (("lb", ds.x_lb, ds.y_lb, 0), ("ulb", ds.x_ulb, ds.y_ulb, -1),

@@ -8,8 +8,8 @@ __all__ = ['exchange_bytes', 'fit_in_worker', 'fit_distributed']
 # %% ../nbs/15_devices.ipynb #4fc05c73
 import sys
 import torch
-from .backbone import load_backbone
 from .data import Dataset
+from .engine.inputs import as_encoder
 from .engine.launch import launch
 from .engine.moved import moved_names
 from .engine.precision import default_device
@@ -54,7 +54,7 @@ def fit_distributed(
     if processes == 1: return fit(dataset, backbone, algorithm, settings, runtime, out, resume, overwrite)
     validate(dataset, algorithm, settings, runtime, processes)
     device = device_for_rank(torch.device(runtime.device or default_device()), 0, processes)
-    encoder = load_backbone(backbone) if isinstance(backbone, str) else backbone
+    encoder = as_encoder(backbone, dataset.x_lb.shape[-1])
     call = dataset, encoder, algorithm, settings, runtime, out, resume, overwrite
     record, trained = launch(processes, fit_in_worker, *call)
     model = build_model(encoder, len(dataset.classes), record["peft"], record["n_prompts"])

@@ -169,8 +169,13 @@ def build_model(
 ) -> TwoHeadModel:
     "Encoder, prompts and two cosine heads, initialised from `seed` whatever was drawn before."
     method, _ = parse_peft(peft)
+    if (unknown := encoder.blocks is None) and method != "linear":
+        raise ValueError(f"the inside of {encoder.name} is not known, so only heads on its features of images can be "
+                         f'trained: peft must be "linear", got {peft!r}')
     g, prompts = as_generator(seed), method in ("vpt", "linear")
-    features = VPT(encoder, n_prompts if method == "vpt" else 0, seed=g) if prompts else FineTuned(encoder, peft, g)
+    if unknown: features = NoPEFT(encoder)
+    elif prompts: features = VPT(encoder, n_prompts if method == "vpt" else 0, seed=g)
+    else: features = FineTuned(encoder, peft, g)
     head, aux = CosineHead(encoder.width, n_classes, seed=g), CosineHead(encoder.width, n_classes, seed=g)
     return TwoHeadModel(features, head, aux)
 
@@ -179,8 +184,9 @@ def build_model(
 @torch.no_grad()
 def default_n_prompts(
     encoder: Encoder
-) -> int: # prompts per layer, ≥ 1
+) -> int: # prompts per layer
     "As many prompts for the encoder's tokens as the paper's 50 for the 197 of ViT-B/16 at 224 px."
+    if encoder.blocks is None: return 0                        # nobody knows where they would go
     size, device = encoder.image_size, next(encoder.parameters()).device
     return max(1, round(50 * encoder.tokens(torch.zeros(1, 3, size, size, device=device)).shape[1] / 197))
 

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import NamedTuple
 import torch
 from torch import Tensor
-from .backbone import load_backbone
 from .data import Dataset
 from .engine.accumulate import accumulated_backward
 from .engine.batches import compute_logits, make_batch
@@ -22,6 +21,7 @@ from .engine.checkpoint import TrainState, resume_from, runtime_info, save_check
 from .engine.environment import environment
 from .engine.evaluation import evaluate, finalize_log, predict_logits
 from .engine.images import exclude_files, unreadable_files
+from .engine.inputs import as_encoder
 from .engine.metrics import MetricAccumulator, NonFiniteGuard
 from .engine.moved import RENAMED, moved_names
 from .engine.precision import autocast, compile_encoder, default_precision, supports_compile
@@ -30,7 +30,7 @@ from .engine.processes import ProcessGroup, fail_together
 from .engine.progress import GracefulStop, ProgressBar, Timer, stop_on_signal
 from .engine.recovery import EVAL_ADVICE, explained, memory_advice, step_advice
 from .engine.runs import TrainedRun, load_run, run_folder, save_run
-from .engine.schedule import SHORT_SCHEDULE, Schedule, cosine_lr, pace_is_due
+from .engine.schedule import SHORT_SCHEDULE, Schedule, change_schedule, cosine_lr, pace_is_due
 from .engine.settings import build_settings, validate, python_numbers, run_info
 from .engine.torch_state import fresh_torch
 from .engine.watch import Watch, report_symptoms
@@ -77,6 +77,8 @@ __getattr__ = moved_names("finessl.training") # what version 0.1 had here
 def read_keywords(settings: Settings|None, runtime: Runtime|None, keywords: dict) -> tuple[Settings, Runtime]:
     "Settings and Runtime with keywords put in; steps, lr, decay and reset_pace_every go to the schedule."
     settings, runtime = settings or Settings(), runtime or Runtime()
+    for name, given, kind in (("settings", settings, Settings), ("runtime", runtime, Runtime)):
+        if not isinstance(given, kind): raise TypeError(f"{name} must be {kind.__name__}(…), got {given!r}")
     known = {f.name: kind for kind in (Settings, Runtime) for f in fields(kind)}
     known |= dict.fromkeys(Schedule._fields, Schedule)
     parts = {kind: {} for kind in (Settings, Runtime, Schedule)}
@@ -87,7 +89,7 @@ def read_keywords(settings: Settings|None, runtime: Runtime|None, keywords: dict
             raise TypeError(f"fit has no argument {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
         parts[known[name]][name] = value
     settings = replace(settings, **parts[Settings])
-    settings = replace(settings, schedule=settings.schedule._replace(**parts[Schedule]))
+    settings = replace(settings, schedule=change_schedule(settings.schedule, parts[Schedule]))
     return settings, replace(runtime, **parts[Runtime])
 
 # %% ../nbs/13_training.ipynb #36da2a2c
@@ -114,7 +116,7 @@ def prepare(
     "Refuse what cannot be, and choose what was left open."
     settings, runtime, group = python_numbers(settings), python_numbers(runtime), group or ProcessGroup(runtime.device)
     validate(dataset, algorithm, settings, runtime, group.world_size)
-    encoder, device = load_backbone(backbone) if isinstance(backbone, str) else backbone, group.device
+    encoder, device = as_encoder(backbone, dataset.x_lb.shape[-1]), group.device
     begun, depth, n_prompts = lambda: saved_setting("precision", resume), runtime.prefetch_depth, settings.n_prompts
     if n_prompts is None and settings.peft == "vpt": n_prompts = default_n_prompts(encoder)
     settings = replace(settings, views=settings.views or default_views(dataset, encoder),
