@@ -102,7 +102,7 @@ def resume_command(stopped: str, argv: list[str], args) -> str:
     if command == "train" and there("record.json"):
         return f"{stopped or 'stopped when the run was done'}; it is in {args.out}"
     if command == "train" and there("*checkpoint.pt"):
-        several = int(os.environ.get("WORLD_SIZE", 1)) > 1
+        several = int(os.environ.get("WORLD_SIZE") or 1) > 1 # it ran: it is a number
         started = "the same torchrun command and --resume" if several else f"{again} --resume"
         return f"{stopped or 'stopped at once, the last checkpoint is kept'}; go on with: {started}"
     if (command == "demo" and (getattr(args, "resume", False) or hasattr(args, "begun"))

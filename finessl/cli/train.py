@@ -12,11 +12,12 @@ import json, os, shlex, sys
 from pathlib import Path
 from .labels import add_labels, check_label_options, load_labels
 from .options import NAMED, add_algorithm, algorithm_options, check_backbone, check_files, check_out
-from .options import chosen_algorithm
-from .options import env_rank, make_algorithm, path_type, peft_type, ranged_type, resolve_device
+from .options import chosen_algorithm, count_type, env_rank, make_algorithm, path_type, peft_type
+from .options import ranged_type, resolve_device, seed_type
 from ..engine.downloads import ARCHIVES
 from ..engine.errors import UsageError, printable
 from ..engine.peft_names import SIZES
+from ..engine.ranks import read_ranks
 from ..engine.storage import RUN_FILES, read_marker
 from ..studies.presets import presets
 
@@ -38,8 +39,8 @@ def add_images(p):
     g.add_argument("--per-class", metavar="N", type=whole,
                    help="labelled images per class, drawn from --split-seed (default: for a folder all in train/, "
                         "otherwise required)")
-    g.add_argument("--split-seed", metavar="S", type=int, help="which images are labelled (default: as --seed)")
-    g.add_argument("--image-size", metavar="PX", type=whole,
+    g.add_argument("--split-seed", metavar="S", type=seed_type, help="which images are labelled (default: as --seed)")
+    g.add_argument("--image-size", metavar="PX", type=count_type("image_size"),
                    help="side of the square that the encoder sees (default: the encoder's own)")
     g.add_argument("--skip-unreadable", action="store_true",
                    help="leave out image files that cannot be read, now or later in the run, and name them in the "
@@ -58,7 +59,7 @@ def add_model(p):
     g.add_argument("--peft", metavar="NAME", type=peft_type, default="vpt",
                    help="what is trained beside the heads: vpt (prompts in every layer), linear (nothing), "
                         f"{', '.join(SIZES)}; a size may follow, as in lora:8 (default: %(default)s)")
-    g.add_argument("--prompts", metavar="P", type=whole,
+    g.add_argument("--prompts", metavar="P", type=count_type("n_prompts"),
                    help="prompts per layer, for --peft vpt (default: 50 for 197 tokens, as in the paper; 4 for the "
                         "pocket)")
     g.add_argument("--prompt-init", choices=("random", "tokens"), default="random",
@@ -67,24 +68,24 @@ def add_model(p):
     g.add_argument("--head-init", choices=("random", "means"),
                    help="heads start at random, as in the paper, or at class means of the labelled images' features "
                         "(default: means for --algorithm anchored, else random)")
-    g.add_argument("--init-seed", metavar="S", type=int, help="initial prompts and heads (default: as --seed)")
+    g.add_argument("--init-seed", metavar="S", type=seed_type, help="initial prompts and heads (default: as --seed)")
 
 def add_schedule(p):
     "How long, how fast, from which seed."
     g = p.add_argument_group("training")
-    g.add_argument("--seed", metavar="S", type=int, default=0, help="order of the images and their random views")
-    g.add_argument("--steps", type=whole, default=200, help="training steps; the paper takes 15000")
+    g.add_argument("--seed", metavar="S", type=seed_type, default=0, help="order of the images and their random views")
+    g.add_argument("--steps", type=count_type("steps"), default=200, help="training steps; the paper takes 15000")
     g.add_argument("--lr", type=ranged_type(float, 0, least_allowed=False), default=.03,
                    help="learning rate at the first step, falling as a cosine")
-    g.add_argument("--batch", metavar="B", type=whole, default=32, help="labelled images per step")
-    g.add_argument("--mu", metavar="μ", type=whole, default=1, help="unlabelled images per labelled one")
+    g.add_argument("--batch", metavar="B", type=count_type("batch"), default=32, help="labelled images per step")
+    g.add_argument("--mu", metavar="μ", type=count_type("mu"), default=1, help="unlabelled images per labelled one")
     g.add_argument("--labelled", choices=("all", "release"), default="all",
                    help="release: drop labelled images as the released trainer's loader does")
 
 def add_machine(p):
     "Where it is computed, and how."
     g = p.add_argument_group("machine")
-    g.add_argument("--accumulate", metavar="K", type=whole, default=1,
+    g.add_argument("--accumulate", metavar="K", type=count_type("accumulate"), default=1,
                    help="compute the batch in so many pieces: the same update with less memory, more slowly")
     g.add_argument("--precision", choices=("float32", "bf16"),
                    help="of the encoder's arithmetic (default: bf16 on a GPU that has it, else float32)")
@@ -92,18 +93,18 @@ def add_machine(p):
                    help="leave the encoder uncompiled on a GPU (without a C compiler, for one)")
     g.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: FINESSL_DEVICE of the environment, "
                                     "else the first of cuda, mps, cpu that is there)")
-    g.add_argument("--processes", metavar="N", type=whole, default=1,
+    g.add_argument("--processes", metavar="N", type=count_type("processes"), default=1,
                    help="train with so many processes, a GPU each or shares of the CPU's cores: the same batch, the "
                         "same result")
 
 def add_output(p):
     "What is kept, and what is said meanwhile."
     g = p.add_argument_group("what is kept")
-    g.add_argument("--evals", metavar="E", type=whole, default=10,
+    g.add_argument("--evals", metavar="E", type=count_type("evals"), default=10,
                    help="evaluations on the test part; the last one counts, none is selected")
     g.add_argument("--out", metavar="DIR", type=path_type, required=True,
                    help="folder of this run: record.json and model.safetensors, and checkpoints on the way")
-    g.add_argument("--checkpoint-every", metavar="K", type=whole, default=500,
+    g.add_argument("--checkpoint-every", metavar="K", type=count_type("checkpoint_every"), default=500,
                    help="steps between checkpoints; Ctrl-C writes one too")
     g.add_argument("--resume", action="store_true",
                    help="go on from the checkpoint in --out, or start where there is none")
@@ -185,7 +186,7 @@ def check_train(args):
     if args.batch < args.processes * args.accumulate:
         raise UsageError(f"--batch {args.batch} cannot be divided into "
                          f"--processes {args.processes} x --accumulate {args.accumulate} parts")
-    if args.processes > 1 and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    if read_ranks().world_size > 1 and args.processes > 1:
         raise UsageError("--processes starts processes, and torchrun has done so already: leave one of them out")
     if args.prompts is not None and args.peft != "vpt":
         raise UsageError(f"--prompts belongs to --peft vpt, not to {args.peft}")
