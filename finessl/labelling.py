@@ -11,8 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from .engine.errors import DataError, check_int
+from .engine.torch_state import fresh_torch
 
 # %% ../nbs/17_labelling.ipynb #17a00007
+@fresh_torch()
 def typicality(
     feat: Tensor, # (N, D) float, rows of length 1
     k: int = 20, # neighbours; all others where there are fewer
@@ -35,13 +37,14 @@ def cluster_images(
     "k-means; in mini-batches where images or clusters are many."
     from sklearn.cluster import KMeans, MiniBatchKMeans
     from sklearn.exceptions import ConvergenceWarning
-    if n <= 50 and len(feat) <= EXACT: kind = KMeans(n, n_init=10, random_state=seed)
-    else: kind = MiniBatchKMeans(n, n_init=3, batch_size=4096, random_state=seed)
+    if n <= 50 and len(feat) <= EXACT: kind = KMeans(n, n_init=10, random_state=seed % 2**32)
+    else: kind = MiniBatchKMeans(n, n_init=3, batch_size=4096, random_state=seed % 2**32)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)    # copies of an image may leave clusters empty
         return torch.from_numpy(kind.fit_predict(feat.numpy())).long()
 
 # %% ../nbs/17_labelling.ipynb #17a0001f
+@fresh_torch()
 def typical_images(
     feat: Tensor, # (N, D) float, frozen features of the pool
     budget: int, # images to label, ≥ 1
@@ -71,6 +74,7 @@ def typical_images(
     return torch.tensor(chosen, dtype=torch.int64)
 
 # %% ../nbs/17_labelling.ipynb #17a00015
+@fresh_torch()
 def unsure_images(
     feat: Tensor, # (N, D) float, features of the pool
     p: Tensor, # (N, C) probabilities of a trained model

@@ -9,7 +9,7 @@ __all__ = ['SUGGEST', 'HEAD', 'READ_SIZE', 'add_columns', 'add_labels', 'check_l
 # %% ../../nbs/cli/labels.ipynb #c1ab0004
 import csv, sys
 from pathlib import Path
-from .options import NAMED, check_backbone, path_type, ranged_type, resolve_device
+from .options import NAMED, check_backbone, count_type, path_type, ranged_type, resolve_device, seed_type
 from ..engine.downloads import check_image_size, require_files
 from ..engine.errors import UsageError
 from ..engine.storage import check_target, refuse_inputs, write_atomic
@@ -70,8 +70,8 @@ def add_suggest(commands, common):
                    help="a finished `finessl train`: ask for images of which it is least sure")
     p.add_argument("--backbone", default="pocket", help="encoder, where no --run says it: see `finessl train`")
     p.add_argument("--checkpoint", metavar="FILE", type=path_type, help="the encoder's weights in a local file")
-    p.add_argument("--image-size", metavar="PX", type=ranged_type(int, 1), help="side that the encoder sees")
-    p.add_argument("--seed", type=int, default=0, metavar="S", help="of the clusters")
+    p.add_argument("--image-size", metavar="PX", type=count_type("image_size"), help="side that the encoder sees")
+    p.add_argument("--seed", type=seed_type, default=0, metavar="S", help="of the clusters")
     p.add_argument("--device", help="as of `finessl train`")
 
 # %% ../../nbs/cli/labels.ipynb #c1ab0009

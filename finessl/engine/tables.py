@@ -19,6 +19,7 @@ from .folders import files_to_skip
 from .images import ImageFiles
 from .lists import read_text
 from .parts import list_images
+from .torch_state import fresh_torch
 
 # %% ../../nbs/engine/tables.ipynb #7ab00007
 NAMES = {"file": ("file", "filename", "file_name", "file name", "path", "filepath", "file_path", "image", "image_path",
@@ -164,6 +165,7 @@ def say_rare(rows: list[Row], name: str):
     for label, where in lines.items():
         if len(where) == 1 and often > 3: say_once(f"{name}, line {where[0]}: label {label!r} occurs once")
 
+@fresh_torch()
 def from_table(
     table, # a file (.csv, .tsv) or a DataFrame; see `read_table`
     folder=None, # of the images; the others in it join the pool. None: what the table names, beside the table
