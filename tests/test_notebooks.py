@@ -1,9 +1,9 @@
-"""Every notebook runs top-down, several in one process as in `nbdev_test`; cells marked slow or cuda are left out.
+"""Every notebook runs top-down as in `nbdev_test`: several in one process, each with the settings that the ones
+before it have left behind, in whatever order; cells marked slow or cuda are left out.
 
 Those in `MINUTES` have a command of their own: `python -m pytest -m slow tests/test_notebooks.py`.
 """
 from pathlib import Path
-import matplotlib
 import pytest
 from nbdev.test import test_nb as run_notebook
 
@@ -17,6 +17,5 @@ params = [pytest.param(p, id=name_of(p), marks=[pytest.mark.slow] if name_of(p) 
 @pytest.mark.parametrize("notebook", params)
 def test_notebook(notebook, monkeypatch):
     monkeypatch.setenv("MPLBACKEND", "agg")
-    with matplotlib.rc_context(matplotlib.rcParamsDefault): # one notebook's settings are not the next one's
-        passed, seconds = run_notebook(notebook, skip_flags=["slow", "cuda"], basepath=root)
+    passed, seconds = run_notebook(notebook, skip_flags=["slow", "cuda"], basepath=root)
     assert passed, f"{notebook.name} failed after {seconds:.0f} s; its traceback is above"
