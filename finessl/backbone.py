@@ -8,7 +8,7 @@ __all__ = ['naive_attention', 'attention', 'project_heads', 'Block', 'timm_block
            'project_feature', 'embed_captions', 'Encoder', 'refusal', 'load_backbone']
 
 # %% ../nbs/11_backbone.ipynb #598c08bf
-import hashlib, os
+import contextlib, hashlib, os
 from dataclasses import dataclass
 from typing import Callable
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from .engine.downloads import require_files
 from .engine.encoders import EncoderSpec, encoder_spec, is_timm, plain_classes, vision_trunk
 from .engine.errors import BackboneError, MissingError
+from .engine.torch_state import fresh_torch, kept_generator, ordinary_weights
 from .engine.weights import fetch_weights, load_weights, resize_positions
 
 # %% ../nbs/11_backbone.ipynb #8be61f0a
@@ -200,7 +201,7 @@ class Encoder(nn.Module):
     ):
         super().__init__()
         if why := unsupported_reason(model): raise BackboneError(f"{name} is not served: it {why}")
-        self.model, self.name, self.tokenizer = model.requires_grad_(False).eval(), name, tokenizer
+        self.model, self.name, self.tokenizer = ordinary_weights(model).requires_grad_(False).eval(), name, tokenizer
         self.mean, self.std, self.blocks = tuple(map(float, mean)), tuple(map(float, std)), trunk_blocks(self.trunk)
         self.width, self.patch_size, self.image_size, self.n_prefix = trunk_sizes(self.trunk)
         self.eval()
@@ -227,6 +228,7 @@ def refusal(
     if why := unsupported_reason(model): return f"{spec.name} is not served: it {why}"
     return spec.objection
 
+@fresh_torch()
 def load_backbone(
     name: str, # "pocket", "open_clip:ARCH/WEIGHTS" or "timm:NAME"
     checkpoint=None, # path of a local weights file; None: the pretrained weights that `name` stands for; False: random
@@ -241,7 +243,7 @@ def load_backbone(
     with torch.device("meta"): plan = spec.build()
     if why := refusal(spec, plan): raise BackboneError(why)
     path = fetch_weights(spec, plan) if checkpoint is None else checkpoint
-    model = spec.build()
+    with contextlib.nullcontext() if path is False else kept_generator(): model = spec.build()
     if path is not False: model = load_weights(model, path, name)
     if image_size is not None: resize_positions(model, image_size, name)
     encoder = Encoder(model, name, spec.mean, spec.std, spec.tokenizer if hasattr(model, "encode_text") else None)

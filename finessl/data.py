@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from .engine.errors import DataError, check_int
 from .engine.images import ImageFiles
+from .engine.torch_state import fresh_torch
 
 # %% ../nbs/01_data.ipynb #4428cca6
 class Split(NamedTuple):
@@ -40,6 +41,12 @@ class Dataset(NamedTuple):
     y_test: Tensor # int64 (N_test,), in [0, C)
     classes: tuple[str, ...] # C names
     split: Split | None = None # None: made by hand
+
+    @classmethod
+    def from_torch(cls, labelled, unlabelled=None, test=None, classes=None, image_size: int | None = None) -> "Dataset":
+        "From torch's data sets, by `finessl.engine.inputs.from_torch`."
+        make = importlib.import_module("finessl.engine.inputs").from_torch
+        return make(labelled, unlabelled, test, classes, image_size)
 
 # %% ../nbs/01_data.ipynb #086e3c16
 _IN_WORKSHOP = MappingProxyType({"image_folder": "folders", "image_lists": "folders", "read_image": "images",
@@ -79,6 +86,7 @@ def _labels(name: str, y) -> Tensor:
     return y.long()
 
 # %% ../nbs/01_data.ipynb #383f5c28
+@fresh_torch()
 def split_labels(
     y, # (N,) whole numbers in [0, C), the label of every image
     n_per_class: int, # labelled images per class, >= 1
@@ -104,6 +112,7 @@ def _of_them_lost(n: int) -> str: return f"; {n} more {'was' if n == 1 else 'wer
 
 # %% ../nbs/01_data.ipynb #8f2890be
 @functools.cache
+@fresh_torch()
 def load_digit_images() -> tuple[Tensor, Tensor]:
     "scikit-learn's handwritten digits as uint8 (1797, 3, 32, 32), and their labels."
     from sklearn.datasets import load_digits
@@ -128,6 +137,7 @@ def short_hash(*parts) -> str:
     return hashlib.sha256("\n".join(map(str, parts)).encode()).hexdigest()[:16]
 
 # %% ../nbs/01_data.ipynb #022aa0cb
+@fresh_torch()
 def digits(
     n_per_class: int | None, # labelled images per class; None: the whole pool is labelled
     seed: int, # of the split: test part and labelled part
@@ -186,6 +196,9 @@ def check_dataset(
     ds: Dataset # made by hand or by a function of this module
 ) -> Dataset: # the same, so that the call can be put around it
     "Raise a DataError that names what is wrong with a data set, if anything is."
+    if not isinstance(ds, Dataset):
+        raise DataError(f"dataset must be a finessl.data.Dataset, got {type(ds).__name__}; "
+                        "Dataset.from_torch(labelled, unlabelled, test) makes one of torch's")
     C = len(ds.classes)
     if C < 2: raise DataError(f"a data set needs at least 2 classes, got {C}")
     for name, x, y, least in (("lb", ds.x_lb, ds.y_lb, 0), ("ulb", ds.x_ulb, ds.y_ulb, -1),
@@ -211,6 +224,7 @@ def take_images(
     return x.select(idx) if isinstance(x, ImageFiles) else x[idx]
 
 # %% ../nbs/01_data.ipynb #d33f1de3
+@fresh_torch()
 def holdout(
     dataset: Dataset,
     n: int = 400, # images to cut

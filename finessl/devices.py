@@ -8,14 +8,15 @@ __all__ = ['exchange_bytes', 'fit_in_worker', 'fit_distributed']
 # %% ../nbs/15_devices.ipynb #4fc05c73
 import sys
 import torch
-from .backbone import load_backbone
 from .data import Dataset
+from .engine.inputs import as_encoder
 from .engine.launch import launch
 from .engine.moved import moved_names
 from .engine.precision import default_device
 from .engine.processes import device_for_rank
 from .engine.runs import TrainedRun
 from .engine.settings import validate
+from .engine.torch_state import fresh_torch
 from .peft import build_model, trainable_state_dict
 from .training import Runtime, Settings, fit, read_keywords
 from .views import default_views
@@ -41,6 +42,7 @@ def fit_in_worker(*args, **kwargs): # -> record, what was trained
     run = fit(*args, **kwargs)
     return run.record, {k: v.detach().cpu() for k, v in trainable_state_dict(run.model).items()}
 
+@fresh_torch()
 def fit_distributed(
     processes: int, # GPUs, or processes that share the CPU's cores
     dataset: Dataset, backbone, algorithm, settings: Settings|None = None, runtime: Runtime|None = None, # as for `fit`
@@ -52,7 +54,7 @@ def fit_distributed(
     if processes == 1: return fit(dataset, backbone, algorithm, settings, runtime, out, resume, overwrite)
     validate(dataset, algorithm, settings, runtime, processes)
     device = device_for_rank(torch.device(runtime.device or default_device()), 0, processes)
-    encoder = load_backbone(backbone) if isinstance(backbone, str) else backbone
+    encoder = as_encoder(backbone, dataset.x_lb.shape[-1])
     call = dataset, encoder, algorithm, settings, runtime, out, resume, overwrite
     record, trained = launch(processes, fit_in_worker, *call)
     model = build_model(encoder, len(dataset.classes), record["peft"], record["n_prompts"])

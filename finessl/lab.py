@@ -26,6 +26,7 @@ from .engine.plots import COLOURS, colour, plot_over_steps # each method has one
 from .engine.progress import Timer
 from .engine.schedule import Schedule, cosine_lr
 from .engine.settings import split_info, to_dict
+from .engine.torch_state import fresh_torch
 from .peft import CosineHead, TwoHeadModel, init_heads_from_means
 from .views import Views, default_views
 
@@ -47,6 +48,7 @@ class CachedView:
         return self.feat[params["view"] if params else 0, x]
 
 # %% ../nbs/02_lab.ipynb #5f3cbd9b
+@fresh_torch()
 @torch.no_grad()
 def extract_features(
     encoder, # frozen, or a model's `features`: normalised (B, 3, S, S) -> (B, D)
@@ -80,6 +82,7 @@ def cache_views(
 # %% ../nbs/02_lab.ipynb #1f2a2b0c
 class CachedDigits:
     "Features of the handwritten digits from a frozen encoder, and splits of their numbers."
+    @fresh_torch()
     def __init__(self,
         encoder = "pocket", # an encoder, or a name for `load_backbone`
         n_weak: int = 4, # stored weak views per image
@@ -100,6 +103,7 @@ class CachedDigits:
         "Where images stand in the tables."
         return torch.tensor([self.index[image.numpy().tobytes()] for image in x])
 
+    @fresh_torch()
     def split(self, n_per_class: int, seed: int, known: int|None = None) -> Dataset: # see `digits`
         "The data set `digits(...)` with numbers in place of images."
         if (key := (n_per_class, seed, known)) not in self.splits:
@@ -123,6 +127,7 @@ class Lab(CachedDigits):
         return done
 
 # %% ../nbs/02_lab.ipynb #502ab409
+@fresh_torch()
 def train_heads(
     model: TwoHeadModel, # heads on features; trained in place
     dataset: Dataset, views: Views, # of numbers, and tables of their features: see `Lab`
@@ -178,6 +183,7 @@ class LabRun(NamedTuple):
         return [e["step"] for e in evaluations], [e[key] for e in evaluations]
 
 # %% ../nbs/02_lab.ipynb #9e65d84b
+@fresh_torch()
 def lab_run(
     lab: CachedDigits, algorithm,
     dataset: Dataset, # of numbers, from `lab.split`
@@ -188,16 +194,15 @@ def lab_run(
     evals: int = 10, # evaluations, evenly spaced
     init_seed: int|None = None, # of the heads; None: as `seed`
     momentum: float = .9, weight_decay: float = 5e-4,
-    head_init: str = "random" # or "means": heads start at the class means of the labelled images (see 12)
+    head_init: str|None = None # "random", or "means": class means of the labelled images (see 12); None: as `fit` does
 ) -> LabRun:
     "Train two fresh heads on a split of the lab with `train_heads`; the constants of `fit` are the defaults."
     init_seed = seed if init_seed is None else init_seed
+    head_init = head_init or getattr(algorithm, "head_init", "random")
     settings = _lab_settings(lab, algorithm, dataset, schedule=schedule._asdict(), batch=batch, mu=mu,
                              momentum=momentum, weight_decay=weight_decay, seed=seed, init_seed=init_seed,
                              labelled="all", precision="float32", evals=evals, head_init=head_init)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(init_seed)
-        model = TwoHeadModel(nn.Identity(), CosineHead(lab.feat.shape[1], len(dataset.classes)))
+    model = TwoHeadModel(nn.Identity(), CosineHead(lab.feat.shape[1], len(dataset.classes), seed=init_seed))
     if head_init == "means": init_heads_from_means(model, lab.feat[dataset.x_lb], dataset.y_lb)
     elif head_init != "random": raise ValueError(f'head_init must be "random" or "means", got {head_init!r}')
     log = train_heads(model, dataset, lab.views, algorithm, schedule, seed, batch, mu, evals, momentum, weight_decay)
@@ -250,10 +255,12 @@ def _probe_run(
     z = lambda x: torch.from_numpy(model.predict_log_proba(feat[x].numpy())).float()
     return reference_run(name, z(dataset.x_ulb), z(dataset.x_test), dataset, C=model.C)
 
+@fresh_torch()
 def linear_probe(lab: Lab, n_per_class: int, seed: int, known: int|None = None) -> LabRun: # as of `digits`
     "Logistic regression on the encoder's features of plain views."
     return _probe_run(lab.feat, lab.split(n_per_class, seed, known), "linear probe")
 
+@fresh_torch()
 def raw_probe(lab: Lab, n_per_class: int, seed: int, known: int|None = None) -> LabRun: # as of `digits`
     "Logistic regression on raw grey values / 16, 8 × 8 as scikit-learn has them: what the encoder has to beat."
     from sklearn.datasets import load_digits
@@ -280,6 +287,7 @@ def zero_shot_logits(
     return scale * F.normalize(feat, dim=-1) @ F.normalize(text, dim=-1).T
 
 # %% ../nbs/02_lab.ipynb #1741f700
+@fresh_torch()
 @torch.no_grad()
 def zero_shot(
     lab: Lab, n_per_class: int, seed: int, known: int|None = None, # as of `digits`

@@ -17,6 +17,7 @@ from .data import Dataset, generator
 from .engine.adapters import FineTuned
 from .engine.encoders import is_timm
 from .engine.peft_names import parse_peft
+from .engine.torch_state import as_generator, fresh_torch
 
 # %% ../nbs/12_peft.ipynb #8e9791d7
 def prompt_bound(
@@ -32,14 +33,14 @@ class ReferenceVPT(nn.Module):
         encoder: Encoder, # frozen
         n_prompts: int = 50, # per layer, ≥ 0; 0 leaves the encoder as it is
         deep: bool = True, # False: prompts enter once, before the first layer, and are carried on (VPT-shallow)
-        seed: int | None = None # of the first prompts; None: the global generator
+        seed: int | torch.Generator | None = None # of the first prompts; None: the global generator
     ):
         super().__init__()
         if isinstance(n_prompts, bool) or not isinstance(n_prompts, int) or n_prompts < 0:
             raise ValueError(f"n_prompts must be a whole number >= 0, got {n_prompts!r}")
         self.encoder, self.deep = encoder, deep
-        g = None if seed is None else torch.Generator().manual_seed(seed)
-        u = 2 * torch.rand(len(encoder.blocks) if deep else 1, n_prompts, encoder.width, generator=g) - 1
+        L, g = len(encoder.blocks) if deep else 1, as_generator(seed)
+        u = 2 * torch.rand(L, n_prompts, encoder.width, generator=g) - 1
         self.prompts = nn.Parameter(u * prompt_bound(encoder)) # (L, P, D), or (1, P, D) if shallow
 
     def forward(self,
@@ -124,14 +125,14 @@ class CosineHead(nn.Module):
         width: int, # D of the features
         n_classes: int, # C
         scale: float = 1 / .07, # s at the start, > 0
-        seed: int | None = None # of the rows; None: the global generator
+        seed: int | torch.Generator | None = None # of the rows; None: the global generator
     ):
         super().__init__()
         if width < 1 or n_classes < 1:
             raise ValueError(f"width and n_classes must be >= 1, got {width} and {n_classes}")
         if not scale > 0: raise ValueError(f"scale must be > 0, got {scale}")
-        g = None if seed is None else torch.Generator().manual_seed(seed)
-        self.weight = nn.Parameter(F.normalize(2 * torch.rand(n_classes, width, generator=g) - 1, dim=1)) # (C, D)
+        u = 2 * torch.rand(n_classes, width, generator=as_generator(seed)) - 1
+        self.weight = nn.Parameter(F.normalize(u, dim=1)) # (C, D)
         self.scale = nn.Parameter(torch.tensor(float(scale)))
 
     def forward(self,
@@ -158,6 +159,7 @@ class TwoHeadModel(nn.Module):
         return self.head(self.features(x))
 
 # %% ../nbs/12_peft.ipynb #2f74f673
+@fresh_torch()
 def build_model(
     encoder: Encoder, # frozen
     n_classes: int, # C
@@ -167,19 +169,24 @@ def build_model(
 ) -> TwoHeadModel:
     "Encoder, prompts and two cosine heads, initialised from `seed` whatever was drawn before."
     method, _ = parse_peft(peft)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        prompts = method in ("vpt", "linear")
-        features = VPT(encoder, n_prompts if method == "vpt" else 0) if prompts else FineTuned(encoder, peft)
-        head, aux = CosineHead(encoder.width, n_classes), CosineHead(encoder.width, n_classes)
+    if (unknown := encoder.blocks is None) and method != "linear":
+        raise ValueError(f"the inside of {encoder.name} is not known, so only heads on its features of images can be "
+                         f'trained: peft must be "linear", got {peft!r}')
+    g, prompts = as_generator(seed), method in ("vpt", "linear")
+    if unknown: features = NoPEFT(encoder)
+    elif prompts: features = VPT(encoder, n_prompts if method == "vpt" else 0, seed=g)
+    else: features = FineTuned(encoder, peft, g)
+    head, aux = CosineHead(encoder.width, n_classes, seed=g), CosineHead(encoder.width, n_classes, seed=g)
     return TwoHeadModel(features, head, aux)
 
 # %% ../nbs/12_peft.ipynb #7a11c9f4
+@fresh_torch()
 @torch.no_grad()
 def default_n_prompts(
     encoder: Encoder
-) -> int: # prompts per layer, ≥ 1
+) -> int: # prompts per layer
     "As many prompts for the encoder's tokens as the paper's 50 for the 197 of ViT-B/16 at 224 px."
+    if encoder.blocks is None: return 0                        # nobody knows where they would go
     size, device = encoder.image_size, next(encoder.parameters()).device
     return max(1, round(50 * encoder.tokens(torch.zeros(1, 3, size, size, device=device)).shape[1] / 197))
 

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import NamedTuple
 import torch
 from torch import Tensor
-from .backbone import load_backbone
 from .data import Dataset
 from .engine.accumulate import accumulated_backward
 from .engine.batches import compute_logits, make_batch
@@ -23,6 +22,7 @@ from .engine.environment import environment
 from .engine.evaluation import evaluate, finalize_log, predict_logits
 from .engine.fingerprint import image_codes, may_change
 from .engine.images import exclude_files, unreadable_files
+from .engine.inputs import as_encoder
 from .engine.metrics import MetricAccumulator, NonFiniteGuard
 from .engine.moved import RENAMED, moved_names
 from .engine.precision import autocast, compile_encoder, default_precision, supports_compile
@@ -31,8 +31,9 @@ from .engine.processes import ProcessGroup, fail_together
 from .engine.progress import GracefulStop, ProgressBar, Timer, stop_on_signal
 from .engine.recovery import EVAL_ADVICE, explained, memory_advice, step_advice
 from .engine.runs import TrainedRun, load_run, run_folder, save_run
-from .engine.schedule import SHORT_SCHEDULE, Schedule, cosine_lr, pace_is_due
+from .engine.schedule import SHORT_SCHEDULE, Schedule, change_schedule, cosine_lr, pace_is_due
 from .engine.settings import build_settings, validate, python_numbers, run_info
+from .engine.torch_state import fresh_torch
 from .engine.watch import Watch, report_symptoms
 from .peft import build_model, default_n_prompts, init_heads_from_means, init_prompts_from_tokens
 from .peft import weights_sha256
@@ -52,7 +53,8 @@ class Settings:
     peft: str = "vpt" # "vpt": prompts in every layer; "linear": heads on frozen features; others: see engine.adapters
     n_prompts: int|None = None # per layer; None: as many for its tokens as the paper's 50 for ViT-B/16's 197
     prompt_init: str = "random" # "random" as in the paper, or "tokens" of the labelled images
-    head_init: str = "random" # "random" as in the paper, or class "means" of the labelled images' features
+    head_init: str|None = None # "random" as in the paper, or class "means" of the labelled images' features;
+    # None: as the algorithm says, "random" where it says nothing
     labelled: str = "all" # "release": drop labelled images as the released loader does
     precision: str|None = None # "float32" or "bf16"; None: bf16 on a GPU that has it; a resume keeps its own
     evals: int = 10 # evaluations, evenly spaced, the last at the end; none is ever selected
@@ -77,6 +79,8 @@ __getattr__ = moved_names("finessl.training") # what version 0.1 had here
 def read_keywords(settings: Settings|None, runtime: Runtime|None, keywords: dict) -> tuple[Settings, Runtime]:
     "Settings and Runtime with keywords put in; steps, lr, decay and reset_pace_every go to the schedule."
     settings, runtime = settings or Settings(), runtime or Runtime()
+    for name, given, kind in (("settings", settings, Settings), ("runtime", runtime, Runtime)):
+        if not isinstance(given, kind): raise TypeError(f"{name} must be {kind.__name__}(…), got {given!r}")
     known = {f.name: kind for kind in (Settings, Runtime) for f in fields(kind)}
     known |= dict.fromkeys(Schedule._fields, Schedule)
     parts = {kind: {} for kind in (Settings, Runtime, Schedule)}
@@ -87,7 +91,7 @@ def read_keywords(settings: Settings|None, runtime: Runtime|None, keywords: dict
             raise TypeError(f"fit has no argument {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
         parts[known[name]][name] = value
     settings = replace(settings, **parts[Settings])
-    settings = replace(settings, schedule=settings.schedule._replace(**parts[Schedule]))
+    settings = replace(settings, schedule=change_schedule(settings.schedule, parts[Schedule]))
     return settings, replace(runtime, **parts[Runtime])
 
 # %% ../nbs/13_training.ipynb #36da2a2c
@@ -105,6 +109,7 @@ RECORDED = ("peft", "n_prompts", "batch", "mu", "momentum", "weight_decay", "see
             "precision", "evals", "prompt_init", "head_init") # fields of Settings that are written as they are
 
 # %% ../nbs/13_training.ipynb #6f98593b
+@fresh_torch()
 def prepare(
     dataset: Dataset, backbone, algorithm, settings: Settings = Settings(), runtime: Runtime = Runtime(),
     group: ProcessGroup|None = None, # None: the processes that were started, or this one alone
@@ -113,12 +118,13 @@ def prepare(
     "Refuse what cannot be, and choose what was left open."
     settings, runtime, group = python_numbers(settings), python_numbers(runtime), group or ProcessGroup(runtime.device)
     validate(dataset, algorithm, settings, runtime, group.world_size)
-    encoder, device = load_backbone(backbone) if isinstance(backbone, str) else backbone, group.device
+    encoder, device = as_encoder(backbone, dataset.x_lb.shape[-1]), group.device
     begun, depth, n_prompts = lambda: saved_setting("precision", resume), runtime.prefetch_depth, settings.n_prompts
     if n_prompts is None and settings.peft == "vpt": n_prompts = default_n_prompts(encoder)
     settings = replace(settings, views=settings.views or default_views(dataset, encoder),
                        init_seed=settings.seed if settings.init_seed is None else settings.init_seed,
                        n_prompts=n_prompts if settings.peft == "vpt" else 0,
+                       head_init=settings.head_init or getattr(algorithm, "head_init", "random"),
                        precision=settings.precision or group.broadcast_object(begun) or default_precision(device))
     runtime = replace(runtime, device=device,
                       compile=supports_compile(device) if runtime.compile is None else runtime.compile,
@@ -137,6 +143,7 @@ def build_optimizer(model, schedule: Schedule, momentum: float, weight_decay: fl
     return torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=schedule.lr, momentum=momentum,
                            weight_decay=weight_decay, fused=True)
 
+@fresh_torch()
 def build_state(
     setup: Setup,
     model=None # None: encoder, prompts and heads from the settings
@@ -200,10 +207,12 @@ def batches(setup: Setup, start: int): # iterator over dicts, from `start` on
     return prefetch(make, range(start, s.schedule.steps), setup.runtime.prefetch_depth, group.device)
 
 # %% ../nbs/13_training.ipynb #caa36d01
+@fresh_torch()
 def train(setup: Setup, state: TrainState, save=None, stop: GracefulStop|None = None): # save(timer): write a checkpoint
     "Take the steps that are left: step; evaluate, save and stop where it is due."
-    (dataset, _, algorithm, s, r, group, recorded), schedule = setup, setup.settings.schedule
-    exclude_files(dataset, state.log["unreadable"])
+    s, r, group, algorithm = setup.settings, setup.runtime, setup.group, setup.algorithm
+    schedule = s.schedule
+    exclude_files(setup.dataset, state.log["unreadable"])
     eval_at, timer = {math.ceil(schedule.steps * i / s.evals) for i in range(1, s.evals + 1)}, Timer(state.log)
     state.watch.begin(setup)
     timer.lap("eval_seconds")
@@ -221,7 +230,7 @@ def train(setup: Setup, state: TrainState, save=None, stop: GracefulStop|None = 
             if state.step in eval_at:
                 run_evaluation(setup, state, timer)
                 bar.evaluated(state)
-                report_symptoms(state, algorithm, recorded, bar.warn, r.on_collapse)
+                report_symptoms(state, algorithm, setup.recorded, bar.warn, r.on_collapse)
             bar.advance(state)
             if save and not last and (end or r.checkpoint_every and state.step % r.checkpoint_every == 0): save(timer)
             if end and not (last and stop is not None):
@@ -244,6 +253,7 @@ def save_progress(setup: Setup, state: TrainState, held, timer: Timer): # held: 
     if setup.group.is_main: save_checkpoint(held, state, setup.recorded, runtime_of(setup))
 
 # %% ../nbs/13_training.ipynb #49848e89
+@fresh_torch()
 def finish(setup: Setup, state: TrainState) -> TrainedRun:
     "The trained model with its record."
     group = setup.group
@@ -252,6 +262,7 @@ def finish(setup: Setup, state: TrainState) -> TrainedRun:
     return TrainedRun(state.model.eval(), record, setup.settings.views.eval_view, group.device)
 
 # %% ../nbs/13_training.ipynb #f5ce4b30
+@fresh_torch()
 def fit(
     dataset: Dataset, # images and labels; see the data notebook
     backbone, # an encoder, or a name for load_backbone

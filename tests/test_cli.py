@@ -506,3 +506,20 @@ def test_ctrl_c_before_the_first_step(finessl, monkeypatch):
     code, out, err = finessl("train", "--data", "digits", "--per-class", "1", "--out", "run")
     assert code == 130 and err.startswith("finessl: stopped before the first checkpoint; start again with: finessl "
                                           "train --data digits"), err
+
+
+def test_a_folder_of_ones_own_is_learned_with_care_and_everything_else_as_in_the_paper(folder, finessl, tmp_path):
+    said = {}
+    for out, more in {"own": (), "paper": ("--algorithm", "finessl"), "random": ("--head-init", "random")}.items():
+        code, said[out], err = finessl("train", "--data", folder, *TINY, "--out", out, *more)
+        assert code == 0, err
+    record = {out: json.loads((tmp_path / out / "record.json").read_text()) for out in said}
+    assert [(r["algorithm"]["name"], r["head_init"]) for r in record.values()] == [
+        ("AnchoredFineSSL", "means"), ("FineSSL", "random"), ("AnchoredFineSSL", "random")]
+    assert "--algorithm finessl is the paper's" in said["own"] and "algorithm:" not in said["paper"]
+    ask = lambda *argv: cli_main.make_parser().parse_args(["train", "--out", "run", *argv])
+    for argv in (("--data", "digits", "--per-class", "1"), ("--preset", "semi-aves", "--data", str(folder))):
+        args = ask(*argv)
+        args.command_line = " ".join(argv)
+        cli_train.check_train(args)
+        assert cli_options.make_algorithm(args) == FineSSL()

@@ -12,11 +12,12 @@ tests = sorted((root / "tests").glob("*.py"))
 
 # rooms in reading order; what teaches the idea may not know the loop or an encoder
 MAIN = ("checks", "data", "lab", "pseudo_labels", "bias", "margin", "smoothing", "reweighting", "algorithms", "rivals",
-        "views", "backbone", "peft", "training", "gpu", "devices", "anchored")
+        "views", "backbone", "peft", "training", "gpu", "devices", "anchored", "labelling")
 IDEAS = ("pseudo_labels", "margin", "smoothing", "reweighting", "algorithms", "rivals")
 GROUND = ("errors", "atomic", "storage", "diff", "precision", "environment", "images",
           "decoders", "fingerprint", "parts", "lists", "torchscript", "prefetch", "processes",
-          "metrics", "schedule", "operations", "downloads", "catalogue", "encoders", "weights")
+          "metrics", "schedule", "operations", "downloads", "catalogue", "encoders", "weights", "torch_state",
+          "ranks")
 # a promise to the outside, or the one place that has to: each with its reason
 LONG_SIGNATURES = {"finessl_loss": "its order of arguments is promised",
                    "estimate_step_time": "every assumption is an argument with a name"}

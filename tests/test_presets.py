@@ -247,7 +247,8 @@ def test_one_process_of_a_machine_asks(tmp_path, monkeypatch):
     args.data, args.backbone = "cifar100", clip
     monkeypatch.setattr(cli_options, "require_files", functools.partial(require_files, ask=nobody, cache=tmp_path))
     with pytest.raises(MissingError): cli_options.check_files(args)
-    monkeypatch.setenv("LOCAL_RANK", "1")
+    for name, value in {"LOCAL_RANK": "1", "RANK": "1", "WORLD_SIZE": "2", "FINESSL_MEET": "here"}.items():
+        monkeypatch.setenv(name, value)
     cli_options.check_files(args)
 
 

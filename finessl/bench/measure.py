@@ -16,6 +16,7 @@ from torch.utils.flop_counter import flop_registry
 from .report import bench_result
 from .runner import BenchConfig, BenchmarkRunner, on_meta
 from ..engine.prefetch import default_prefetch_depth, prefetch
+from ..engine.torch_state import fresh_torch
 from ..gpu import VARIANTS, Variant
 
 # %% ../../nbs/bench/measure.ipynb #12695586
@@ -155,6 +156,7 @@ def time_rounds(
     return times, parts, products
 
 # %% ../../nbs/bench/measure.ipynb #c0e88480
+@fresh_torch()
 def run_benchmark(
     config: BenchConfig,
     variants=("naive", "finessl"), # names in VARIANTS

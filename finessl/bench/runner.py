@@ -19,6 +19,7 @@ from ..engine.precision import autocast, compile_encoder, default_device, defaul
 from ..engine.prefetch import make_fetcher
 from ..engine.processes import ProcessGroup
 from ..engine.schedule import PAPER_SCHEDULE, Schedule, cosine_lr
+from ..engine.torch_state import kept_generator
 from ..gpu import CPUPaceFineSSL, PillowView, TokenVPT, Variant, single_pass_forward, with_attention
 from ..peft import TwoHeadModel, build_model
 from ..training import Runtime, Settings, Setup, build_state, train_step
@@ -52,9 +53,7 @@ class BenchConfig(NamedTuple):
         "A benchmark of an encoder with random weights, the same in every call."
         if batch < 1: raise ValueError(f"batch must be >= 1, got {batch}")
         device = torch.device(device or default_device())
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            encoder = load_backbone(backbone, False, image_size)
+        with kept_generator(0): encoder = load_backbone(backbone, False, image_size)
         return cls(encoder, device, batch, precision or default_precision(device), **more)
 
 # %% ../../nbs/bench/runner.ipynb #f9d14e05

@@ -7,7 +7,7 @@ __all__ = ['VARIANTS', 'BENCH', 'add_bench', 'bench_command']
 
 # %% ../../nbs/cli/bench.ipynb #d8a5e7f1
 import json, sys
-from .options import check_backbone, path_type, ranged_type, resolve_device
+from .options import check_backbone, count_type, path_type, ranged_type, resolve_device
 from ..engine.errors import UsageError
 from ..engine.storage import check_target, write_json
 
@@ -31,19 +31,18 @@ def add_bench(commands, common):
     "The options of `finessl bench`."
     p = commands.add_parser("bench", parents=[common], help="what a training step costs here", description=BENCH)
     p.set_defaults(run=bench_command)
-    whole = ranged_type(int, 1)
     p.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: FINESSL_DEVICE of the environment, "
                                     "else the first of cuda, mps, cpu that is there)")
     p.add_argument("--backbone", default="open_clip:ViT-B-16-quickgelu",
                    help="open_clip:ARCHITECTURE or timm:NAME; its weights are random")
-    p.add_argument("--image-size", metavar="PX", type=whole,
+    p.add_argument("--image-size", metavar="PX", type=count_type("image_size"),
                    help="side of the square that the encoder sees (default: the encoder's own)")
-    p.add_argument("--batch", metavar="B", type=whole, default=32,
+    p.add_argument("--batch", metavar="B", type=count_type("batch"), default=32,
                    help="labelled images per step; as many unlabelled ones with a weak and two strong views each")
-    p.add_argument("--prompts", metavar="P", type=whole, default=50, help="prompts per layer")
+    p.add_argument("--prompts", metavar="P", type=count_type("n_prompts"), default=50, help="prompts per layer")
     p.add_argument("--variants", metavar="NAMES", default="naive,finessl",
                    help="separated by commas; chain: one gain at a time, all: all that run here")
-    p.add_argument("--steps", metavar="R", type=whole, default=5, help="rounds; each variant takes its turn in each")
+    p.add_argument("--steps", metavar="R", type=ranged_type(int, 1), default=5, help="rounds; each variant takes its turn in each")
     p.add_argument("--precision", choices=("float32", "bf16"),
                    help="of the encoder's arithmetic; naive on a CPU stays at float32 (default: bf16 on a GPU that "
                         "has it, else float32)")

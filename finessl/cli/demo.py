@@ -9,7 +9,7 @@ __all__ = ['DEMO', 'METHODS', 'DEMO_FILES', 'add_demo', 'references', 'demo_pict
 # %% ../../nbs/cli/demo.ipynb #79931e69
 import json, time
 from pathlib import Path
-from .options import check_out, path_type, prog_name, ranged_type
+from .options import check_out, count_type, path_type, prog_name, ranged_type, seed_type
 from .train import progress_option
 from ..engine.errors import UsageError
 from ..engine.storage import RUN_FILES, LockedFolder, lock_folder, read_marker, write_atomic
@@ -30,8 +30,8 @@ def add_demo(commands, common):
     p.add_argument("--out", metavar="DIR", type=path_type, default=Path("finessl-demo"), help="folder to write to")
     p.add_argument("--per-class", metavar="N", type=ranged_type(int, 1, 100), default=1,
                    help="labelled images per class")
-    p.add_argument("--seed", metavar="S", type=int, default=0, help="of the split, the initial weights and the draws")
-    p.add_argument("--steps", type=ranged_type(int, 1),
+    p.add_argument("--seed", metavar="S", type=seed_type, default=0, help="of the split, the initial weights and the draws")
+    p.add_argument("--steps", type=count_type("steps"),
                    help="training steps of each run (default: as in the comparison notebook)")
     p.add_argument("--resume", action="store_true",
                    help="go on with a demo that was stopped: keep its finished methods (default: start afresh)")

@@ -9,6 +9,7 @@ __all__ = ['MAIN', 'make_parser', 'main', 'format_message', 'print_error', 'exit
 import argparse, os, shlex, signal, sys
 from .bench import add_bench
 from .demo import add_demo
+from .labels import add_suggest
 from .options import Parser, env_rank, prog_name
 from .predict import add_predict
 from .train import add_train
@@ -30,7 +31,7 @@ def make_parser() -> Parser:
     parser = Parser(prog=prog_name(), description=MAIN)
     parser.add_argument("--version", action="version", version=f"finessl {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=Parser)
-    for add in (add_demo, add_train, add_predict, add_bench): add(commands, common)
+    for add in (add_demo, add_suggest, add_train, add_predict, add_bench): add(commands, common)
     return parser
 
 # %% ../../nbs/cli/main.ipynb #bc556c59
@@ -101,7 +102,7 @@ def resume_command(stopped: str, argv: list[str], args) -> str:
     if command == "train" and there("record.json"):
         return f"{stopped or 'stopped when the run was done'}; it is in {args.out}"
     if command == "train" and there("*checkpoint.pt"):
-        several = int(os.environ.get("WORLD_SIZE", 1)) > 1
+        several = int(os.environ.get("WORLD_SIZE") or 1) > 1 # it ran: it is a number
         started = "the same torchrun command and --resume" if several else f"{again} --resume"
         return f"{stopped or 'stopped at once, the last checkpoint is kept'}; go on with: {started}"
     if (command == "demo" and (getattr(args, "resume", False) or hasattr(args, "begun"))

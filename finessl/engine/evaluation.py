@@ -16,10 +16,12 @@ from .metrics import classification_metrics
 from .precision import autocast
 from .prefetch import make_fetcher, prefetch
 from .processes import ProcessGroup, shard_size
+from .torch_state import fresh_torch
 
 # %% ../../nbs/engine/evaluation.ipynb #185ec3fe
 EVAL_BATCH = 256 # images that an evaluation looks at at once
 
+@fresh_torch()
 @torch.no_grad()
 def predict_logits(
     model, # images (B, 3, S, S) -> (B, C)

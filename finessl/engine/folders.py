@@ -19,6 +19,7 @@ from .images import ImageFiles, SkippedFiles, map_threaded, read_image
 from .lists import find_lists, read_list
 from .parts import (Listing, class_folders, count_endings, find_parts, list_images, part_folders,
                                   say_other_folders, say_unread)
+from .torch_state import fresh_torch
 
 # %% ../../nbs/engine/folders.ipynb #1073a115
 def _folder_parts(root: Path) -> tuple[tuple[str, ...], list, list, list]:
@@ -98,6 +99,7 @@ def _codes(root, lb, y_lb, pool: list, test: list, y_test, digests) -> tuple: # 
     return tuple((part, files_code(files, list(map(name, files)), y, digests))
                  for part, files, y in (("labelled", lb, y_lb), ("unlabelled", pool, None), ("test", test, y_test)))
 
+@fresh_torch()
 def image_folder(
     path, # folder with train/<class>/*, optional test/<class>/* and unlabelled/*
     n_per_class: int | None = None, # labelled images per class; None: all of train/
@@ -164,6 +166,7 @@ def _say_listed_twice(lb: list, test: list): # (path, label)
     if both := sorted(set(plain[0]) & set(plain[1])):
         say_once(f"{len(both)} images are both labelled and for the test, so that the test is too kind ({both[0]})")
 
+@fresh_torch()
 def image_lists(
     folder, # holds labelled.txt, and where you have them unlabelled.txt and test.txt; paths in them count from here
     n_per_class: int|None = None, # labelled images per class, drawn from labelled.txt; None: all of them

@@ -14,6 +14,7 @@ from ..data import Dataset, Split, split_labels
 from .downloads import ARCHIVES, missing_archive, url_error
 from .errors import DataError
 from .images import ImageFiles
+from .torch_state import fresh_torch
 
 # %% ../../nbs/engine/named.ipynb #91b02062
 def torchvision_parts(
@@ -38,6 +39,7 @@ def torchvision_parts(
         raise DataError(missing.instructions(f"it broke off: {error}")) from error
 
 # %% ../../nbs/engine/named.ipynb #ad73ad6f
+@fresh_torch()
 def torchvision_dataset(
     name: str, # "cifar10", "cifar100" or "food101"
     n_per_class: int, # labelled images per class

@@ -9,16 +9,18 @@ __all__ = ['REQUIRED_KEYS', 'FINE', 'TrainedRun', 'write_run', 'read_record', 'l
 # %% ../../nbs/engine/runs.ipynb #e64a8792
 import contextlib, json, math
 from pathlib import Path
+import torch
 from torch import Tensor
 from ..backbone import load_backbone
 from .checkpoint import CHECKPOINT, PREVIOUS
 from .diff import diff_settings, summarize_diff
 from .errors import NonFiniteLoss, TrainingError
 from .evaluation import predict_logits
-from .images import ImageFiles
+from .inputs import as_encoder, as_images
 from .old_records import upgrade_record
 from .precision import default_device
 from .storage import RUN_FILES, LockedFolder, encode_json, lock_folder, refuse_inputs
+from .torch_state import fresh_torch
 from ..peft import TwoHeadModel, build_model, trainable_state_dict, weights_sha256
 from ..views import View
 
@@ -31,11 +33,13 @@ class TrainedRun:
     @property
     def classes(self): return tuple(self.record["classes"])
 
+    @fresh_torch()
     def predict(self,
-        images: Tensor|ImageFiles|list # uint8 (N, 3, H, W), an ImageFiles, or a list of image files
+        images # paths, PIL images, uint8 arrays or tensors, one or many; see `as_images`
     ) -> Tensor: # (N, C) float32 probabilities
         "Class probabilities of new images."
-        if isinstance(images, (list, tuple)): images = ImageFiles(images, self.record["read_size"])
+        images = as_images(images, self.record["read_size"])
+        if not len(images): return torch.zeros(0, len(self.classes))
         return predict_logits(self.model, images, self.eval_view, self.device).softmax(1)
 
     def save(self, folder, overwrite: bool = False): # overwrite: may it hold another run?
@@ -95,17 +99,22 @@ def load_trainable(path: Path, model: TwoHeadModel) -> dict: # name -> tensor
     return trained
 
 # %% ../../nbs/engine/runs.ipynb #5d3e90b7
+@fresh_torch()
 def load_run(
     folder, # of a finished run
     checkpoint=None, # weights file of the encoder, where the record's is elsewhere now
     device=None,
-    backbone=None # the encoder of the run, where no name stands for it
+    backbone=None # the encoder of the run, or its nn.Module, where no name stands for it
 ) -> TrainedRun:
     "Load a finished run: its record and its model."
     folder, device = Path(folder), device or default_device()
     record = read_record(folder)
     encoder = backbone
-    if encoder is None:
+    if encoder is not None: encoder = as_encoder(backbone, record["image_size"], record["mean"], record["std"])
+    elif record["backbone"] != "pocket" and not record["backbone"].startswith(("open_clip:", "timm:")):
+        raise ValueError(f"{folder} was trained on an encoder of one's own, called {record['backbone']}: "
+                         "give it as load_run(…, backbone=…)")
+    else:
         encoder = load_backbone(record["backbone"], checkpoint or record.get("checkpoint"), record["image_size"])
     if encoder.hash != record["backbone_hash"]:
         raise ValueError(f"{record['backbone']} has other weights here (hash {encoder.hash}) than in {folder} "

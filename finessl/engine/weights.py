@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from .catalogue import Weights, no_weights
 from .downloads import missing_weights, url_error
 from .encoders import EncoderSpec, is_timm, megabytes, vision_trunk
-from .errors import BackboneError
+from .errors import MOST, BackboneError
 from .torchscript import archive_root, read_torchscript
 
 # %% ../../nbs/engine/weights.ipynb #d2c41f26
@@ -132,6 +132,8 @@ def resize_positions(
     patch = trunk.patch_embed.feat_ratio() if is_timm(trunk) else trunk.patch_size[0]
     if isinstance(size, bool) or not isinstance(size, int) or size < patch or size % patch:
         raise BackboneError(f"the image size must be a multiple of {patch} pixels for {name}, got {size!r}")
+    if size > MOST["image_size"]:
+        raise BackboneError(f"the image size must be at most {MOST['image_size']} pixels, got {size}")
     if is_timm(trunk): return trunk.set_input_size(img_size=(size, size))
     from timm.layers import resample_abs_pos_embed
     grid = (size // patch, size // patch)

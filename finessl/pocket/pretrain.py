@@ -8,7 +8,7 @@ __all__ = ['TEMPLATES', 'DIGIT_WORDS', 'FREQUENCY_ORDER', 'POCKET_CONFIG', 'PIXE
            'pretrain_step', 'pocket_optimizer', 'pretrain', 'pretrain_card', 'save_pocket']
 
 # %% ../../nbs/pocket/pretrain.ipynb #6e7801a4
-import copy, hashlib, math, platform, time
+import contextlib, copy, hashlib, math, platform, time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 import numpy as np
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ..data import generator
 from ..engine.encoders import byte_tokens
 from ..engine.storage import encode_json, write_atomic
+from ..engine.torch_state import fresh_torch, kept_generator
 from .distort import HandStyle, enlarge_digits, scan_drawings, trace_glyphs
 from .glyphs import CHARACTERS, FONTS, Glyphs, render_glyphs
 from ..views import normalise
@@ -96,9 +97,7 @@ def build_pocket(
 ) -> nn.Module: # open_clip.model.CLIP
     "The pocket CLIP with random weights."
     from open_clip.model import CLIP
-    with torch.random.fork_rng(devices=[], enabled=seed is not None):
-        if seed is not None: torch.manual_seed(seed)
-        return CLIP(**POCKET_CONFIG)
+    with contextlib.nullcontext() if seed is None else kept_generator(seed): return CLIP(**POCKET_CONFIG)
 
 # %% ../../nbs/pocket/pretrain.ipynb #1269fb16
 @dataclass(frozen=True)
