@@ -243,7 +243,8 @@ def runtime_of(setup: Setup) -> dict:
     "What may change at a resume, and is named then."
     how = {"processes": setup.group.world_size, "accumulate": setup.runtime.accumulate,
            "compile": setup.runtime.compile}
-    if may_change(setup.dataset): how["images"] = image_codes(setup.dataset)
+    split = setup.dataset.split
+    if split is not None and may_change(setup.dataset): how["images"] = dict(split.codes)
     return runtime_info(setup.group.device) | how
 
 def save_progress(setup: Setup, state: TrainState, held, timer: Timer): # held: None in a process that writes nothing

@@ -1,6 +1,6 @@
 """Damaged image files, made from whole ones of every format that is read: each gives an image or a named error.
 
-    python -m tests.fuzz_images --n 200000                # --start 4711 --n 1 tries one of them again
+    python tests/fuzz_images.py --n 200000               # --start 4711 --n 1 tries one of them again
 """
 import argparse, gzip, io, json, os, random, re, struct, sys, tempfile, time, warnings, zlib
 from pathlib import Path

@@ -724,7 +724,7 @@ def test_files_that_broke_are_known_to_all(files, tmp_path):
 
 @linux
 def test_two_thousand_damaged_files():
-    command = [sys.executable, "-X", "faulthandler", "-m", "tests.fuzz_images", "--n", "2000"]
+    command = [sys.executable, "-X", "faulthandler", str(root / "tests/fuzz_images.py"), "--n", "2000"]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     out = json.loads(done.stdout)
