@@ -237,6 +237,7 @@ def load_backbone(
     "A frozen image encoder by name (finessl: pocket; Ilharco et al. 2021: open_clip; Wightman 2019: timm)."
     if checkpoint is not None and checkpoint is not False and not isinstance(checkpoint, (str, os.PathLike)):
         raise BackboneError(f"checkpoint must be a path, None (pretrained) or False (random), got {checkpoint!r}")
+    if checkpoint: checkpoint = os.path.expanduser(checkpoint)
     try: require_files(None, None, str(name), checkpoint)                       # before a library is imported
     except MissingError as error: raise BackboneError(str(error)) from None
     spec = encoder_spec(name)

@@ -28,11 +28,12 @@ from .engine.moved import RENAMED, moved_names
 from .engine.precision import autocast, compile_encoder, default_precision, supports_compile
 from .engine.prefetch import default_prefetch_depth, make_fetcher, prefetch
 from .engine.processes import ProcessGroup, fail_together
-from .engine.progress import GracefulStop, ProgressBar, Timer, stop_on_signal
+from .engine.progress import Period, ProgressBar, Timer
 from .engine.recovery import EVAL_ADVICE, explained, memory_advice, step_advice
 from .engine.runs import TrainedRun, load_run, run_folder, save_run
 from .engine.schedule import SHORT_SCHEDULE, Schedule, change_schedule, cosine_lr, pace_is_due
 from .engine.settings import build_settings, validate, python_numbers, run_info
+from .engine.signals import GracefulStop, stop_on_signal
 from .engine.torch_state import fresh_torch
 from .engine.watch import Watch, report_symptoms
 from .peft import build_model, default_n_prompts, init_heads_from_means, init_prompts_from_tokens
@@ -69,6 +70,7 @@ class Runtime:
     prefetch_depth: int|None = None # steps whose images are made in advance; None: 2 on a GPU or with files, else 0
     accumulate: int = 1 # pieces of a batch: the same update with less memory, at about a third more time
     checkpoint_every: int|None = None # steps
+    checkpoint_minutes: float|None = None # and after so many minutes, whatever the steps
     progress: bool|str|None = None # None: a bar where somebody looks; "lines": a line at each evaluation, for a log
     command: str|None = None # for the record
     on_collapse: str = "warn" # "stop": a run that puts its pool into one class ends with an error; resume with "warn"
@@ -215,6 +217,7 @@ def train(setup: Setup, state: TrainState, save=None, stop: GracefulStop|None = 
     exclude_files(setup.dataset, state.log["unreadable"])
     eval_at, timer = {math.ceil(schedule.steps * i / s.evals) for i in range(1, s.evals + 1)}, Timer(state.log)
     state.watch.begin(setup)
+    period = Period(r.checkpoint_minutes if save and group.is_main else None)
     timer.lap("eval_seconds")
     compute = compute_logits
     if r.compile: compute = functools.partial(compute_logits, features=compile_encoder(state.model.features, r.compile))
@@ -226,13 +229,14 @@ def train(setup: Setup, state: TrainState, save=None, stop: GracefulStop|None = 
             with memory_advice(step_advice(s.batch, r.accumulate), s.batch):
                 train_step(state, next(images), algorithm, cosine_lr(schedule, state.step), group.device,
                            s.precision, compute, group, r.accumulate)
-            last, end = state.step == schedule.steps, group.any_rank(asked.requested)
+            last, wish = state.step == schedule.steps, group.any_rank(2 if asked.requested else int(period.is_over()))
+            end = wish == 2
             if state.step in eval_at:
                 run_evaluation(setup, state, timer)
                 bar.evaluated(state)
                 report_symptoms(state, algorithm, setup.recorded, bar.warn, r.on_collapse)
             bar.advance(state)
-            if save and not last and (end or r.checkpoint_every and state.step % r.checkpoint_every == 0): save(timer)
+            if save and not last and (wish or r.checkpoint_every and state.step % r.checkpoint_every == 0): save(timer)
             if end and not (last and stop is not None):
                 group.barrier()
                 kept = ", checkpoint written" if save else ""
@@ -277,7 +281,7 @@ def fit(
 ) -> TrainedRun:
     "Train prompts and heads on a frozen encoder with any algorithm; the paper's constants are the defaults."
     settings, runtime = read_keywords(settings, runtime, keywords)
-    folder, group = None if out is None else Path(out), ProcessGroup(runtime.device)
+    folder, group = None if out is None else Path(out).expanduser(), ProcessGroup(runtime.device)
     with fail_together(group):
         setup = prepare(dataset, backbone, algorithm, settings, runtime, group, folder if resume else None)
         state = build_state(setup)

@@ -6,8 +6,9 @@
 __all__ = ['VARIANTS', 'BENCH', 'add_bench', 'bench_command']
 
 # %% ../../nbs/cli/bench.ipynb #d8a5e7f1
-import json, sys
+import json
 from .options import check_backbone, count_type, path_type, ranged_type, resolve_device
+from ..engine import streams
 from ..engine.errors import UsageError
 from ..engine.storage import check_target, write_json
 
@@ -30,7 +31,7 @@ examples:
 def add_bench(commands, common):
     "The options of `finessl bench`."
     p = commands.add_parser("bench", parents=[common], help="what a training step costs here", description=BENCH)
-    p.set_defaults(run=bench_command)
+    p.set_defaults(run=bench_command, prints_result=True)
     p.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: FINESSL_DEVICE of the environment, "
                                     "else the first of cuda, mps, cpu that is there)")
     p.add_argument("--backbone", default="open_clip:ViT-B-16-quickgelu",
@@ -69,10 +70,9 @@ def bench_command(args):
     names = [v for word in args.variants.split(",") for v in {"chain": ABLATION_ORDER, "all": every}.get(word, [word])]
     if refused := next((v for v in names if v not in every), None):
         raise UsageError(f"--variants {refused} needs --device cuda")
-    say = lambda text: print(text, file=sys.stderr, flush=True)
     config = BenchConfig.from_name(args.backbone, args.batch, device, args.precision, args.image_size,
                                    n_prompts=args.prompts)
-    result = run_benchmark(config, tuple(dict.fromkeys(names)), args.steps, say) | {"command": args.command_line}
+    result = run_benchmark(config, tuple(dict.fromkeys(names)), args.steps, streams.say) | {"command": args.command_line}
     print(bench_table(result))
     if args.out: write_json(args.out, result, ours)
     if args.json: print(json.dumps(result))

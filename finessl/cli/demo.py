@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['DEMO', 'METHODS', 'DEMO_FILES', 'add_demo', 'references', 'demo_picture', 'check_demo_run', 'check_demo',
-           'remove_demo', 'finished_record', 'train_methods', 'demo_command', 'demo_table', 'write_samples']
+           'remove_demo', 'finished_record', 'train_methods', 'demo_command', 'run_demo', 'demo_table', 'write_samples']
 
 # %% ../../nbs/cli/demo.ipynb #79931e69
-import json, time
+import json, sys, time
 from pathlib import Path
 from .options import check_out, count_type, path_type, prog_name, ranged_type, seed_type
 from .train import progress_option
+from ..engine import streams
 from ..engine.errors import UsageError
 from ..engine.storage import RUN_FILES, LockedFolder, lock_folder, read_marker, write_atomic
 
@@ -137,10 +138,17 @@ def demo_command(args):
     "finessl demo"
     check_demo(args)
     import torch
+    threads = torch.get_num_threads()
+    try: run_demo(args)
+    finally: torch.set_num_threads(threads)                    # as the caller had it
+
+def run_demo(args):
+    "A command that can be meant."
+    import torch
     from finessl.backbone import load_backbone
     from finessl.data import digits
     torch.set_num_threads(min(2, torch.get_num_threads()))     # as many as such small images can use
-    say = (lambda text: None) if args.quiet else lambda text: print(text, flush=True)
+    say = (lambda text: None) if args.quiet else lambda text: streams.say(text, sys.stdout)
     dataset, encoder = digits(args.per_class, args.seed), load_backbone("pocket")
     with lock_folder(args.out, DEMO_FILES, "demo", args.command_line) as held:
         held.mark()

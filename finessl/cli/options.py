@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['seed_type', 'OPTIONS', 'FLAGS', 'MEANT', 'NAMED', 'Parser', 'Help', 'closest_match', 'env_rank', 'ranged_type',
-           'count_type', 'peft_type', 'path_type', 'owners', 'default_text', 'add_algorithm', 'chosen_algorithm',
-           'algorithm_options', 'make_algorithm', 'check_backbone', 'check_files', 'check_out', 'resolve_device',
-           'prog_name']
+           'count_type', 'peft_type', 'path_type', 'source_type', 'owners', 'default_text', 'add_algorithm',
+           'chosen_algorithm', 'algorithm_options', 'make_algorithm', 'check_backbone', 'check_files', 'check_out',
+           'resolve_device', 'prog_name']
 
 # %% ../../nbs/cli/options.ipynb #595ebb53
 import argparse, os, shlex, sys
@@ -83,7 +83,12 @@ def peft_type(text: str) -> str:
 def path_type(text: str) -> Path:
     "A path that is not empty."
     if not text.strip(): raise argparse.ArgumentTypeError("must name a file or a folder, got nothing")
-    return Path(text)
+    try: return Path(text).expanduser()                        # a shell leaves --out=~/runs as it is
+    except RuntimeError as e: raise argparse.ArgumentTypeError(f"{text}: {e}") from None
+
+def source_type(text: str) -> str:
+    "A data set's name, or a path."
+    return str(path_type(text)) if text.startswith("~") else text
 
 # %% ../../nbs/cli/options.ipynb #1316c687
 _RUNNING = {"momentum": .999, "weight": 1., "n_strong": 1}

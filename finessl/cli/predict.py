@@ -26,7 +26,7 @@ examples:
 def add_predict(commands, common):
     "The options of `finessl predict`."
     p = commands.add_parser("predict", parents=[common], help="classify images with a trained run", description=PREDICT)
-    p.set_defaults(run=predict_command)
+    p.set_defaults(run=predict_command, prints_result=True)
     p.add_argument("images", nargs="+", type=path_type, metavar="IMAGES-OR-FOLDER",
                    help="image files, or folders with image files in them and below")
     p.add_argument("--run", dest="folder", required=True, metavar="DIR", type=path_type,

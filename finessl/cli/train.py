@@ -13,7 +13,8 @@ from pathlib import Path
 from .labels import add_labels, check_label_options, load_labels
 from .options import NAMED, add_algorithm, algorithm_options, check_backbone, check_files, check_out
 from .options import chosen_algorithm, count_type, env_rank, make_algorithm, path_type, peft_type
-from .options import ranged_type, resolve_device, seed_type
+from .options import ranged_type, resolve_device, seed_type, source_type
+from ..engine import streams
 from ..engine.downloads import ARCHIVES
 from ..engine.errors import UsageError, printable
 from ..engine.peft_names import SIZES
@@ -27,7 +28,7 @@ whole = ranged_type(int, 1)
 def add_images(p):
     "Which images, and which of them are labelled."
     g = p.add_argument_group("images")
-    g.add_argument("--data",
+    g.add_argument("--data", type=source_type,
                    help="digits, cifar10, cifar100, food101, a folder with train/<class>/* (and where you have them "
                                   "test/<class>/* and unlabelled/*), or a folder with list files (labelled.txt, "
                                   "unlabelled.txt, test.txt)")
@@ -105,7 +106,9 @@ def add_output(p):
     g.add_argument("--out", metavar="DIR", type=path_type, required=True,
                    help="folder of this run: record.json and model.safetensors, and checkpoints on the way")
     g.add_argument("--checkpoint-every", metavar="K", type=count_type("checkpoint_every"), default=500,
-                   help="steps between checkpoints; Ctrl-C writes one too")
+                   help="steps between checkpoints; Ctrl-C writes one too, and a scheduler's SIGTERM, SIGUSR1 or SIGXCPU")
+    g.add_argument("--checkpoint-minutes", metavar="M", type=ranged_type(float, 0, least_allowed=False),
+                   help="write a checkpoint after so many minutes too (default: by steps alone)")
     g.add_argument("--resume", action="store_true",
                    help="go on from the checkpoint in --out, or start where there is none")
     g.add_argument("--on-collapse", choices=("warn", "stop"), default="warn",
@@ -226,7 +229,7 @@ def check_run_folder(args):
 def progress_option(args) -> bool|str: # what `fit` calls progress
     "A progress bar is for a terminal; the log of a training gets a line at each evaluation."
     if args.quiet: return False
-    return sys.stderr.isatty() or ("lines" if args.run is train_command else False)
+    return streams.SafeStream(sys.stderr).isatty() or ("lines" if args.run is train_command else False)
 
 # %% ../../nbs/cli/train.ipynb #a7b6d890
 def train_command(args):
@@ -247,7 +250,7 @@ def run_training(args, device): # device: a name, or None
     from finessl.backbone import load_backbone
     from finessl.devices import fit_distributed
     from finessl.views import NORMALISATION, natural_views
-    say = (lambda text: None) if args.quiet or env_rank() else lambda text: print(printable(text), flush=True)
+    say = (lambda text: None) if args.quiet or env_rank() else lambda text: streams.say(printable(text), sys.stdout)
     encoder = load_backbone(args.backbone, args.checkpoint, args.image_size) # before any image is decoded
     dataset, algorithm = load_dataset(args), make_algorithm(args)
     skipped = f"; left out as unreadable: {dataset.split.skipped}" if dataset.split.skipped else ""
@@ -274,7 +277,7 @@ def runtime_options(args, device): # -> Runtime
     from finessl.training import Runtime
     return Runtime(device, compile=False if args.no_compile else None, accumulate=args.accumulate,
                    checkpoint_every=args.checkpoint_every, progress=progress_option(args), command=args.command_line,
-                   on_collapse=args.on_collapse)
+                   on_collapse=args.on_collapse, checkpoint_minutes=args.checkpoint_minutes)
 
 def summary_lines(args, dataset, record: dict) -> list[str]:
     "What is said when a run is done."

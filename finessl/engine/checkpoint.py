@@ -20,6 +20,7 @@ from .errors import TornCheckpoint, TrainingError
 from .metrics import MetricAccumulator, NonFiniteGuard
 from .processes import ProcessGroup
 from .storage import LockedFolder
+from .streams import SafeStream
 from ..peft import trainable_state_dict
 
 # %% ../../nbs/engine/checkpoint.ipynb #9d153045
@@ -153,4 +154,4 @@ def resume_from(
     changed = list(map(str, diff_settings(json.loads(c["runtime"]), runtime)))
     state.log["resumes"].append({"step": c["step"], "passed_over": c["passed_over"], "changed": changed})
     if (said := c["passed_over"] + changed) and group.is_main:
-        tqdm.write(f"resumed from step {c['step']}: {'; '.join(said)}", file=sys.stderr)
+        tqdm.write(f"resumed from step {c['step']}: {'; '.join(said)}", file=SafeStream(sys.stderr))

@@ -6,7 +6,7 @@
 __all__ = ['PACKAGES', 'version_of', 'environment']
 
 # %% ../../nbs/engine/environment.ipynb #d4fa519f
-import contextlib, functools, platform, subprocess
+import contextlib, functools, os, platform, subprocess
 from importlib import metadata
 from pathlib import Path
 import finessl
@@ -19,14 +19,17 @@ PACKAGES = ("torchvision", "open_clip_torch", "timm", "numpy", "scikit-learn")
 @functools.cache
 def version_of(package: str) -> str|None: # None: not installed as a package
     "The version of an installed package, without importing it."
-    with contextlib.suppress(metadata.PackageNotFoundError): return metadata.version(package)
+    # not installed, or its files are damaged
+    with contextlib.suppress(metadata.PackageNotFoundError, OSError, ValueError, KeyError): return metadata.version(package)
 
 def environment(device) -> dict:
     "Versions, device and threads of this run, and the commit of the source where it is a git checkout."
     here = Path(finessl.__file__).resolve().parent
+    env = {k: v for k, v in os.environ.items() if not k.startswith("GIT_")} # a hook's GIT_DIR is another repository
     def git(*args): # "" where there is no git
-        try: return subprocess.run(["git", "-C", str(here), *args], capture_output=True, text=True).stdout.strip()
-        except OSError: return ""
+        try: return subprocess.run(["git", "-C", str(here), *args], stdin=subprocess.DEVNULL, capture_output=True, env=env,
+                                   timeout=10, encoding="utf-8", errors="replace").stdout.strip()
+        except (OSError, subprocess.SubprocessError): return ""
     tracked = git("ls-files", "--error-unmatch", "__init__.py") if (here.parent / ".git").exists() else ""
     dev = torch.device(device)
     name = torch.cuda.get_device_name(dev) if dev.type == "cuda" else f"{platform.machine()} {dev.type}"

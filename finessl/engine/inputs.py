@@ -52,7 +52,7 @@ def _through_files(pictures: list, size: int) -> Tensor: # pictures: PIL images 
     "Read pictures as files are read."
     with tempfile.TemporaryDirectory(prefix="finessl-") as folder:
         def file(i, picture):
-            if not isinstance(picture, Image.Image): return picture
+            if not isinstance(picture, Image.Image): return os.path.expanduser(picture)
             kind = "TIFF" if picture.mode in ("CMYK", "YCbCr", "LAB", "F", "I") else "PNG"
             path = Path(folder, f"image-{i}.{kind.lower()}")
             picture.save(path, kind, exif=picture.getexif(), **({"compress_level": 1} if kind == "PNG" else {}))
@@ -77,7 +77,7 @@ def as_images(
 ) -> Tensor|ImageFiles: # uint8 (N, 3, H, W)
     "Images in the form that `predict` and data sets take."
     if isinstance(images, ImageFiles): return images
-    if _is_path(images): return ImageFiles([images], size)
+    if _is_path(images): images = [images]
     if isinstance(images, Image.Image): return _through_files([images], size)
     if isinstance(images, np.ndarray) and images.dtype.kind in "OUS": images = images.ravel().tolist()
     if isinstance(images, np.ndarray):
@@ -87,7 +87,7 @@ def as_images(
     if not plain or isinstance(images, (torch.utils.data.Dataset, Dataset)):
         raise DataError(f"{ASKED}; got {type(images).__name__}")
     images = list(images)
-    if all(map(_is_path, images)): return ImageFiles(images, size)
+    if all(map(_is_path, images)): return ImageFiles(list(map(os.path.expanduser, images)), size)
     if all(isinstance(x, Tensor) and x.ndim == 3 and x.shape == images[0].shape for x in images):
         return _batch_of(torch.stack(images), "images")
     return torch.stack([_one_image(x, size, f"images[{i}]") for i, x in enumerate(images)])

@@ -12,6 +12,7 @@ import contextlib, os, pickle, shutil, signal, socket, subprocess, sys, tempfile
 from pathlib import Path
 import torch
 from .errors import PeerFailed, PeerLost, TrainingError, UsageError
+from .signals import heard_signals
 from .storage import DISK_FULL_ERRNOS, write_atomic
 
 # %% ../../nbs/engine/launch.ipynb #7101f7cb
@@ -29,7 +30,7 @@ def worker_main(folder: str):
     except BaseException as e: code = send_error(e, folder / f"error-{rank}")
     if alone.is_set(): shutil.rmtree(folder, ignore_errors=True) # what was written since nobody is waiting for it
     if code:
-        sys.stderr.flush()
+        with contextlib.suppress(OSError, ValueError, AttributeError): sys.stderr.flush()
         os._exit(code)                                         # at once: the others wait for it
 
 def exit_with_parent(folder: Path, alone: threading.Event):
@@ -128,7 +129,7 @@ def wait_workers(
         for w in workers:
             if w.poll() is None and os.name != "nt": w.send_signal(number)
     in_main = threading.current_thread() is threading.main_thread()
-    old = {s: signal.signal(s, pass_on) for s in (signal.SIGINT, signal.SIGTERM) if in_main}
+    old = {s: signal.signal(s, pass_on) for s in heard_signals() if in_main}
     exits, deadline = {}, None
     try:
         while len(exits) < len(workers):

@@ -138,15 +138,15 @@ class ProcessGroup(ProcessInfo):
         for g, total in zip(grads, flat.split([g.numel() for g in grads])): g.copy_(total.view_as(g))
 
     def any_rank(self,
-        mine: bool # was this process told to stop?
-    ) -> bool: # the same in all processes; with several, their answers of the step before
-        "Whether anybody was told to stop."
+        mine: int # 2: this process was told to stop, 1: it asks for a checkpoint, 0: neither
+    ) -> int: # the greatest, the same in all processes; with several, of their answers of the step before
+        "What any process asks for."
         if self.world_size == 1: return mine
         flag, before = torch.tensor([int(mine)]), self.asked_before
         with self.collective_errors():
             self.asked_before = flag, dist.all_reduce(flag, dist.ReduceOp.MAX, async_op=True)
             if before: before[1].wait()
-        return bool(before and before[0])
+        return int(before[0]) if before else 0
 
     def barrier(self):
         "Wait until all processes are here."

@@ -71,7 +71,7 @@ FINE = {"image_size": lambda n: 0 < n <= 2**14, "read_size": lambda n: 0 < n <= 
 
 def read_record(folder) -> dict:
     "The record of a finished run, in today's names whatever version wrote it."
-    path = Path(folder) / "record.json"
+    path = Path(folder).expanduser() / "record.json"
     if not path.is_file(): raise FileNotFoundError(f"{folder} holds no finished run: record.json is missing")
     try: record = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as e: raise ValueError(f"{path} is torn, or no record of a run: {e}") from None
@@ -107,7 +107,7 @@ def load_run(
     backbone=None # the encoder of the run, or its nn.Module, where no name stands for it
 ) -> TrainedRun:
     "Load a finished run: its record and its model."
-    folder, device = Path(folder), device or default_device()
+    folder, device = Path(folder).expanduser(), device or default_device()
     record = read_record(folder)
     encoder = backbone
     if encoder is not None: encoder = as_encoder(backbone, record["image_size"], record["mean"], record["std"])
@@ -141,7 +141,8 @@ def run_folder(
     if folder is None:
         yield None
         return
-    for name in RUN_FILES: refuse_inputs(Path(folder) / name, inputs)
+    folder = Path(folder).expanduser()
+    for name in RUN_FILES: refuse_inputs(folder / name, inputs)
     with lock_folder(folder, command=command, overwrite=overwrite) as held:
         there = [name for name in RUN_FILES if held.exists(name)]
         if "record.json" in there and not overwrite:

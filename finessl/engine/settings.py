@@ -84,6 +84,8 @@ def check_numbers(algorithm, settings, runtime=None) -> None: # as for `validate
         check_int("accumulate", runtime.accumulate, 1, MOST["accumulate"])
         maybe |= {"checkpoint_every": (runtime.checkpoint_every, 1, MOST["checkpoint_every"]),
                   "prefetch_depth": (runtime.prefetch_depth, 0, MOST["prefetch_depth"])}
+        if runtime.checkpoint_minutes is not None:
+            check_range("checkpoint_minutes", runtime.checkpoint_minutes, above=True)
     for name, (v, least, most) in maybe.items():
         if v is not None: check_int(name, v, least, most)
     n, V = s.batch, algorithm.n_strong if "strong" in algorithm.required_outputs else 0

@@ -14,6 +14,7 @@ import pandas as pd
 from ..algorithms import FineSSL
 from ..backbone import load_backbone
 from ..data import digits, holdout
+from ..engine.errors import UsageError
 from ..engine.schedule import SHORT_SCHEDULE
 from ..engine.old_records import read_runs
 from ..engine.storage import encode_json, write_atomic
@@ -178,15 +179,16 @@ def main(argv=None) -> int: # exit code: 1 where a run broke
     ap.add_argument("--workers", type=int, default=os.cpu_count(), help="processes of one thread each (%(default)s)")
     ap.add_argument("--figures", type=Path, metavar="DIR",
                     help="instead, draw the pictures and their data into this folder")
+    ap.add_argument("--overwrite", action="store_true", help="let --figures replace files that finessl did not make")
     args = ap.parse_args(argv)
     if unknown := [s for s in args.studies if s not in STUDIES]:
         ap.error(f"unknown study {unknown[0]!r}; there are: {', '.join(STUDIES)}")
     try:
         if args.figures:
             from finessl.studies.comparison_figures import write_figures
-            return write_figures(args.records, args.figures)
+            return write_figures(args.records, args.figures, args.overwrite)
         return int(any([run_study(study, args.records, args.workers) for study in args.studies or STUDIES]))
-    except FileNotFoundError as error: ap.error(str(error)) # "tuned" without "tune", pictures without records
+    except (FileNotFoundError, UsageError) as error: ap.error(str(error)) # "tuned" without "tune", pictures without records
 
 # %% ../../nbs/studies/comparison.ipynb #fd4f6a86
 if __name__ == "__main__" and __spec__: # not in a notebook

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from ..engine.old_records import read_runs
-from ..engine.storage import write_atomic
+from ..engine.plots import save_figure
 from ..lab import COLOURS
 from .comparison import MAIN, PROMPTS, REFERENCES, SCHEDULE
 from .statistics import Markdown, load_results, markdown_table, mean_std_table
@@ -117,7 +117,7 @@ def map_cells(records: Path = RECORDS) -> pd.DataFrame:
     return grid.groupby(["gamma", "lr"]).accuracy.mean().unstack("lr")
 
 # %% ../../nbs/studies/comparison_figures.ipynb #5a1e0023
-def write_figures(records: Path, folder: Path) -> int: # exit code
+def write_figures(records: Path, folder: Path, overwrite: bool = False) -> int: # exit code
     "digits, ablation and gamma_lr: pictures and their data."
     import matplotlib
     matplotlib.use("agg")
@@ -134,7 +134,6 @@ def write_figures(records: Path, folder: Path) -> int: # exit code
         fig = plt.figure(figsize=size)
         draw(fig)
         fig.tight_layout()
-        write_atomic(folder / f"{name}.png", lambda tmp, fig=fig: fig.savefig(tmp, format="png", dpi=150))
-        write_atomic(folder / f"{name}.csv", data.to_csv())
+        save_figure(fig, folder, name, data.to_csv(), overwrite)
         plt.close(fig)
     return 0

@@ -12,7 +12,7 @@ import pandas as pd
 import torch
 from ..bias import PseudoLabelQuality
 from ..engine.old_records import read_runs
-from ..engine.storage import write_atomic
+from ..engine.plots import save_figure
 from ..engine.schedule import PAPER_SCHEDULE
 from ..lab import colour
 from .photos import LONGER, SEEDS, STARTS, methods
@@ -83,7 +83,7 @@ def plot_whole(whole: pd.DataFrame, axes): # from `photo_results(…, "whole")`;
     axes[0].legend(frameon=False, fontsize=8, ncols=2)
 
 # %% ../../nbs/studies/photo_figures.ipynb #5a1e0043
-def write_figures(records: Path, folder: Path) -> int: # exit code
+def write_figures(records: Path, folder: Path, overwrite: bool = False) -> int: # exit code
     "photos and whole: pictures and their data."
     import matplotlib
     matplotlib.use("agg")
@@ -96,7 +96,6 @@ def write_figures(records: Path, folder: Path) -> int: # exit code
             ("whole", (8, 3), lambda fig: plot_whole(whole, fig.subplots(1, 2)), whole)):
         fig = plt.figure(figsize=size, layout="constrained")
         draw(fig)
-        write_atomic(folder / f"{name}.png", lambda tmp, fig=fig: fig.savefig(tmp, format="png", dpi=150))
-        write_atomic(folder / f"{name}.csv", data.round(3).to_csv(index=False))
+        save_figure(fig, folder, name, data.round(3).to_csv(index=False), overwrite)
         plt.close(fig)
     return 0

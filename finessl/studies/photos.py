@@ -21,6 +21,7 @@ from ..backbone import load_backbone
 from ..bias import diagnose, evaluate_pseudo_labels
 from ..data import Dataset, split_labels
 from ..engine.environment import environment
+from ..engine.errors import UsageError
 from ..engine.evaluation import predict_logits
 from ..engine.folders import image_folder
 from ..engine.runs import TrainedRun
@@ -272,10 +273,12 @@ def main(argv=None) -> int: # exit code: 1 where a run broke
                          "seven hours on one core")
     ap.add_argument("--figures", type=Path, metavar="DIR",
                     help="instead, draw the pictures and their data from the records into this folder")
+    ap.add_argument("--overwrite", action="store_true", help="let --figures replace files that finessl did not make")
     args = ap.parse_args(argv)
     if args.figures:
         from finessl.studies.photo_figures import write_figures
-        return write_figures(args.records, args.figures)
+        try: return write_figures(args.records, args.figures, args.overwrite)
+        except UsageError as error: ap.error(str(error))
     if not args.data or not args.checkpoint: ap.error("--data and --checkpoint are needed")
     return int(bool(run_photos(args.data, args.checkpoint, args.records, SEEDS, args.workers, args.whole)))
 

@@ -6,13 +6,14 @@
 __all__ = ['lacking', 'say_recorded', 'run_jobs']
 
 # %% ../../nbs/studies/runner.ipynb #5a1e0004
-import multiprocessing, os, sys, time
+import multiprocessing, os, time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 import torch
 from ..engine.errors import TrainingError
-from ..engine.storage import append_record, read_records
+from ..engine.storage import append_record, encode_json, read_records
+from ..engine.streams import say
 
 # %% ../../nbs/studies/runner.ipynb #5a1e0006
 def lacking(
@@ -45,13 +46,15 @@ def run_jobs(
     with ProcessPoolExecutor(workers or os.cpu_count(), context, torch.set_num_threads, (1,)) as pool:
         futures = {pool.submit(run, job): job for job in left}
         for i, future in enumerate(as_completed(futures), 1):
-            try: record = future.result()
+            try:
+                record = future.result()
+                encode_json(record)                            # NaN is no JSON
             except BrokenProcessPool:
                 raise TrainingError(f"a worker of {path.stem} was killed (out of memory?); "
                                     "what is recorded is kept") from None
             except Exception as error: broken.append(f"{key(futures[future])}: {type(error).__name__}: {error}")
             else: append_record(path, record)
             minutes = (time.time() - start) / i * (len(left) - i) / 60
-            print(f"{path.stem}: {i} of {len(left)} runs, {minutes:.1f} min left", file=sys.stderr, flush=True)
-    for text in broken: print(f"{path.stem}: broke: {text}", file=sys.stderr, flush=True)
+            say(f"{path.stem}: {i} of {len(left)} runs, {minutes:.1f} min left")
+    for text in broken: say(f"{path.stem}: broke: {text}")
     return broken
