@@ -29,6 +29,7 @@ def typicality(
 # %% ../nbs/17_labelling.ipynb #17a0000b
 MOST_CLUSTERS, SMALL, EXACT = 500, 5, 20_000 # clusters at most; fewer images are a small one; images k-means sees whole
 
+# %% ../nbs/17_labelling.ipynb #17a00020
 def cluster_images(
     feat: Tensor, # (N, D) float
     n: int, # clusters, ≤ N
