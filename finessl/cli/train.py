@@ -11,7 +11,8 @@ __all__ = ['whole', 'TRAIN', 'add_images', 'add_model', 'add_schedule', 'add_mac
 import json, os, shlex, sys
 from pathlib import Path
 from .options import add_algorithm, algorithm_options, check_backbone, check_files, check_out
-from .options import count_type, env_rank, make_algorithm, path_type, peft_type, ranged_type, resolve_device, seed_type, source_type
+from .options import count_type, env_rank, make_algorithm, path_type, peft_type, ranged_type
+from .options import resolve_device, seed_type, source_type
 from ..engine.downloads import ARCHIVES
 from ..engine.errors import UsageError
 from ..engine import streams
@@ -100,7 +101,7 @@ def add_output(p):
     g.add_argument("--out", metavar="DIR", type=path_type, required=True,
                    help="folder of this run: record.json and model.safetensors, and checkpoints on the way")
     g.add_argument("--checkpoint-every", metavar="K", type=count_type("checkpoint_every"), default=500,
-                   help="steps between checkpoints; Ctrl-C writes one too, and a scheduler's SIGTERM, SIGUSR1 or SIGXCPU")
+                   help="steps between checkpoints; Ctrl-C writes one too, and SIGTERM, SIGHUP, SIGUSR1, SIGXCPU")
     g.add_argument("--checkpoint-minutes", metavar="M", type=ranged_type(float, 0, least_allowed=False),
                    help="write a checkpoint after so many minutes too (default: by steps alone)")
     g.add_argument("--resume", action="store_true",
