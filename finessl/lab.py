@@ -260,7 +260,6 @@ def linear_probe(lab: Lab, n_per_class: int, seed: int, known: int|None = None) 
     "Logistic regression on the encoder's features of plain views."
     return _probe_run(lab.feat, lab.split(n_per_class, seed, known), "linear probe")
 
-@fresh_torch()
 def raw_probe(lab: Lab, n_per_class: int, seed: int, known: int|None = None) -> LabRun: # as of `digits`
     "Logistic regression on raw grey values / 16, 8 × 8 as scikit-learn has them: what the encoder has to beat."
     from sklearn.datasets import load_digits

@@ -36,8 +36,7 @@ from .engine.settings import build_settings, validate, python_numbers, run_info
 from .engine.signals import GracefulStop, stop_on_signal
 from .engine.torch_state import fresh_torch
 from .engine.watch import Watch, report_symptoms
-from .peft import build_model, default_n_prompts, init_heads_from_means, init_prompts_from_tokens
-from .peft import weights_sha256
+from .peft import build_model, default_n_prompts, init_heads_from_means, init_prompts_from_tokens, weights_sha256
 from .views import Views, default_views
 
 # %% ../nbs/13_training.ipynb #6ae6d199
@@ -230,14 +229,13 @@ def train(setup: Setup, state: TrainState, save=None, stop: GracefulStop|None = 
                 train_step(state, next(images), algorithm, cosine_lr(schedule, state.step), group.device,
                            s.precision, compute, group, r.accumulate)
             last, wish = state.step == schedule.steps, group.any_rank(2 if asked.requested else int(period.is_over()))
-            end = wish == 2
             if state.step in eval_at:
                 run_evaluation(setup, state, timer)
                 bar.evaluated(state)
                 report_symptoms(state, algorithm, setup.recorded, bar.warn, r.on_collapse)
             bar.advance(state)
             if save and not last and (wish or r.checkpoint_every and state.step % r.checkpoint_every == 0): save(timer)
-            if end and not (last and stop is not None):
+            if wish == 2 and not (last and stop is not None):
                 group.barrier()
                 kept = ", checkpoint written" if save else ""
                 raise KeyboardInterrupt(f"stopped after step {state.step} of {schedule.steps}{kept}")
@@ -267,7 +265,6 @@ def finish(setup: Setup, state: TrainState) -> TrainedRun:
     return TrainedRun(state.model.eval(), record, setup.settings.views.eval_view, group.device)
 
 # %% ../nbs/13_training.ipynb #f5ce4b30
-@fresh_torch()
 def fit(
     dataset: Dataset, # images and labels; see the data notebook
     backbone, # an encoder, or a name for load_backbone
@@ -282,7 +279,7 @@ def fit(
     "Train prompts and heads on a frozen encoder with any algorithm; the paper's constants are the defaults."
     settings, runtime = read_keywords(settings, runtime, keywords)
     folder, group = None if out is None else Path(out).expanduser(), ProcessGroup(runtime.device)
-    with fail_together(group):
+    with fresh_torch(), fail_together(group):
         setup = prepare(dataset, backbone, algorithm, settings, runtime, group, folder if resume else None)
         state = build_state(setup)
         mine, reads = folder if group.is_main else None, [getattr(setup.encoder, "checkpoint", None)]

@@ -44,7 +44,8 @@ def test_predict_gives_one_answer_for_one_image_in_every_form(place):
     root, run = place
     file = root / "photos" / "cat" / "0.png"
     want, picture = run.predict([file]), Image.open(file)
-    forms = {"path": file, "text": str(file), "array of paths": np.array([str(file)]), "PIL": picture, "[PIL]": [picture],
+    forms = {"path": file, "text": str(file), "array of paths": np.array([str(file)]), "PIL": picture,
+             "[PIL]": [picture],
              "array of objects": np.array([str(file)], dtype=object)}
     for name, form in forms.items(): assert torch.equal(run.predict(form), want), name
     x = DATA.x_test[:3]
@@ -81,7 +82,8 @@ def test_a_folder_of_torchvision_becomes_a_dataset(place):
 @pytest.mark.parametrize("wrong, says", [
     ((3,), "labelled must be a data set"), (([],), "holds no images"), ((None,), "labelled must be"),
     (([("a", 0)],), "image file does not exist"), (([(DATA.x_lb[0], "cat")],), r"the label of labelled\[0\]"),
-    (([(DATA.x_lb[0], 0)],), "at least 2 classes"), ((list(zip(DATA.x_lb, DATA.y_lb)), [None]), r"unlabelled\[0\] is NoneType"),
+    (([(DATA.x_lb[0], 0)],), "at least 2 classes"),
+    ((list(zip(DATA.x_lb, DATA.y_lb)), [None]), r"unlabelled\[0\] is NoneType"),
     ((list(zip(DATA.x_lb / 128 - 1, DATA.y_lb)),), r"labelled\[.\] must be uint8")])
 def test_data_sets_that_are_none_are_named(wrong, says):
     with pytest.raises(ValueError, match=says): Dataset.from_torch(*wrong)

@@ -1,5 +1,5 @@
-"What a run does not need ends none: git, readers of its log, letters, a terminal; and who asks it to stop gets a checkpoint."
-import io, os, signal, subprocess, sys, time
+"What a run does not need ends none: git, readers of its log, letters, a terminal; a signal leaves a checkpoint."
+import io, os, shlex, signal, subprocess, sys, time
 from pathlib import Path
 import pytest
 import torch
@@ -37,8 +37,8 @@ def wait_for(condition, process, seconds=240):
 def test_a_signal_leaves_a_checkpoint_and_says_how_to_go_on(name, tmp_path):
     number = getattr(signal, name)
     out = tmp_path / "run"
-    p = start("-m", "finessl", *TRAIN, "--steps", "100000", "--evals", "1", "--checkpoint-every", "2", "--out", str(out),
-              env=os.environ | {"SLURM_JOB_ID": "4711"})
+    p = start("-m", "finessl", *TRAIN, "--steps", "100000", "--evals", "1", "--checkpoint-every", "2",
+              "--out", str(out), env=os.environ | {"SLURM_JOB_ID": "4711"})
     wait_for((out / "checkpoint.pt").exists, p)
     p.send_signal(number)
     if name == "SIGXCPU": p.send_signal(number) # the kernel sends it once a second
@@ -90,24 +90,28 @@ def test_what_a_parent_has_set_to_ignored_stays_ignored(number, tmp_path, signal
 def test_checkpoints_come_by_minutes(tmp_path, monkeypatch):
     kept = []
     save = training.save_checkpoint
-    monkeypatch.setattr(training, "save_checkpoint", lambda held, state, *a: (kept.append(state.step), save(held, state, *a)))
+    def noted(held, state, *rest): kept.append(state.step), save(held, state, *rest)
+    monkeypatch.setattr(training, "save_checkpoint", noted)
     how = dict(steps=6, batch=4, evals=1, progress=False)
     fit(DATA, "pocket", FineSSL(), out=tmp_path / "a", checkpoint_minutes=1e-9, **how)
     assert kept == [1, 2, 3, 4, 5]
     fit(DATA, "pocket", FineSSL(), out=tmp_path / "b", checkpoint_minutes=60, **how)
     assert len(kept) == 5
-    with pytest.raises(ValueError, match="checkpoint_minutes"): fit(DATA, "pocket", FineSSL(), checkpoint_minutes=0, **how)
+    with pytest.raises(ValueError, match="checkpoint_minutes"):
+        fit(DATA, "pocket", FineSSL(), checkpoint_minutes=0, **how)
 
 
 @posix
 @pytest.mark.parametrize("log", ["closed", "full", "gone", "narrow"])
 def test_a_log_that_nobody_takes_ends_no_run(log, tmp_path):
-    out, shell = tmp_path / "run", f"exec {sys.executable} -m finessl {' '.join(TRAIN)} --steps 4 --evals 4 --out '{tmp_path}/run' "
+    out = tmp_path / "run"
+    asked = ["-m", "finessl", *TRAIN, "--steps", "4", "--evals", "4", "--out", str(out)]
+    shell = f"exec {shlex.join([sys.executable, *asked])} "
     env = os.environ | ({"PYTHONIOENCODING": "ascii"} if log == "narrow" else {})
     if log == "gone":
         reader, writer = os.pipe()
         os.close(reader)
-        p = start("-m", "finessl", *TRAIN, "--steps", "4", "--evals", "4", "--out", str(out), stdout=writer, stderr=writer)
+        p = start(*asked, stdout=writer, stderr=writer)
         os.close(writer)
         code = p.wait(240)
     else:
@@ -153,7 +157,8 @@ def test_git_is_not_needed(git, tmp_path, monkeypatch):
     if git == "none": monkeypatch.setenv("PATH", str(tmp_path))
     elif git == "of a hook": monkeypatch.setenv("GIT_DIR", str(tmp_path / "another"))
     else:
-        program.write_text("#!/bin/sh\n" + {"hangs": "exec sleep 60\n", "speaks nonsense": r"printf '\377\376'; exit 1" + "\n"}[git])
+        does = {"hangs": "exec sleep 60", "speaks nonsense": r"printf '\377\376'; exit 1"}[git]
+        program.write_text(f"#!/bin/sh\n{does}\n")
         program.chmod(0o755)
         monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
         if git == "hangs":

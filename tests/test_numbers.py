@@ -32,7 +32,8 @@ def test_the_command_line_refuses_it_without_torch(option, capsys, tmp_path):
     least = SEEDS[0] if "seed" in option else 1
     for value in HUGE:
         if least <= value <= SEEDS[1] and "seed" in option: continue
-        code = main(["train", "--data", "digits", "--per-class", "1", "--out", str(tmp_path / "r"), f"--{option}={value}"])
+        code = main(["train", "--data", "digits", "--per-class", "1", "--out", str(tmp_path / "r"),
+                     f"--{option}={value}"])
         said = capsys.readouterr().err
         assert code == 2 and f"--{option}: must be" in said and said.count("\n") == 1, said
     assert not (tmp_path / "r").exists()

@@ -327,7 +327,8 @@ def test_a_hidden_file_of_somebody_else_stays(encoder, tmp_path):
 
 @pytest.mark.parametrize("changes, says",
                          [(dict(batch=0), "batch must be a whole number from 1 to 1048576, got 0"),
-                          (dict(batch="a"), "batch must be a whole number from 1 to 1048576, got 'a'"), (dict(evals=0), "evals"),
+                          (dict(batch="a"), "batch must be a whole number from 1 to 1048576, got 'a'"),
+                          (dict(evals=0), "evals"),
                           (dict(schedule=Schedule(0)), "steps"), (dict(mu=0), "mu"), (dict(peft="lara"), "peft"),
                                            (dict(precision="fp8"), "precision"),
                           (dict(schedule=Schedule(5, decay="week")), "decay"), (dict(labelled="some"), "labelled"),

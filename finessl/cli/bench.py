@@ -43,7 +43,8 @@ def add_bench(commands, common):
     p.add_argument("--prompts", metavar="P", type=count_type("n_prompts"), default=50, help="prompts per layer")
     p.add_argument("--variants", metavar="NAMES", default="naive,finessl",
                    help="separated by commas; chain: one gain at a time, all: all that run here")
-    p.add_argument("--steps", metavar="R", type=ranged_type(int, 1), default=5, help="rounds; each variant takes its turn in each")
+    p.add_argument("--steps", metavar="R", type=ranged_type(int, 1), default=5,
+                   help="rounds; each variant takes its turn in each")
     p.add_argument("--precision", choices=("float32", "bf16"),
                    help="of the encoder's arithmetic; naive on a CPU stays at float32 (default: bf16 on a GPU that "
                         "has it, else float32)")
@@ -72,7 +73,8 @@ def bench_command(args):
         raise UsageError(f"--variants {refused} needs --device cuda")
     config = BenchConfig.from_name(args.backbone, args.batch, device, args.precision, args.image_size,
                                    n_prompts=args.prompts)
-    result = run_benchmark(config, tuple(dict.fromkeys(names)), args.steps, streams.say) | {"command": args.command_line}
+    chosen = tuple(dict.fromkeys(names))
+    result = run_benchmark(config, chosen, args.steps, streams.say) | {"command": args.command_line}
     print(bench_table(result))
     if args.out: write_json(args.out, result, ours)
     if args.json: print(json.dumps(result))

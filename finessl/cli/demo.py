@@ -31,7 +31,8 @@ def add_demo(commands, common):
     p.add_argument("--out", metavar="DIR", type=path_type, default=Path("finessl-demo"), help="folder to write to")
     p.add_argument("--per-class", metavar="N", type=ranged_type(int, 1, 100), default=1,
                    help="labelled images per class")
-    p.add_argument("--seed", metavar="S", type=seed_type, default=0, help="of the split, the initial weights and the draws")
+    p.add_argument("--seed", metavar="S", type=seed_type, default=0,
+                   help="of the split, the initial weights and the draws")
     p.add_argument("--steps", type=count_type("steps"),
                    help="training steps of each run (default: as in the comparison notebook)")
     p.add_argument("--resume", action="store_true",

@@ -106,7 +106,7 @@ def add_output(p):
     g.add_argument("--out", metavar="DIR", type=path_type, required=True,
                    help="folder of this run: record.json and model.safetensors, and checkpoints on the way")
     g.add_argument("--checkpoint-every", metavar="K", type=count_type("checkpoint_every"), default=500,
-                   help="steps between checkpoints; Ctrl-C writes one too, and a scheduler's SIGTERM, SIGUSR1 or SIGXCPU")
+                   help="steps between checkpoints; Ctrl-C writes one too, and SIGTERM, SIGHUP, SIGUSR1, SIGXCPU")
     g.add_argument("--checkpoint-minutes", metavar="M", type=ranged_type(float, 0, least_allowed=False),
                    help="write a checkpoint after so many minutes too (default: by steps alone)")
     g.add_argument("--resume", action="store_true",

@@ -20,15 +20,16 @@ PACKAGES = ("torchvision", "open_clip_torch", "timm", "numpy", "scikit-learn")
 def version_of(package: str) -> str|None: # None: not installed as a package
     "The version of an installed package, without importing it."
     # not installed, or its files are damaged
-    with contextlib.suppress(metadata.PackageNotFoundError, OSError, ValueError, KeyError): return metadata.version(package)
+    with contextlib.suppress(metadata.PackageNotFoundError, OSError, ValueError, KeyError):
+        return metadata.version(package)
 
 def environment(device) -> dict:
     "Versions, device and threads of this run, and the commit of the source where it is a git checkout."
     here = Path(finessl.__file__).resolve().parent
     env = {k: v for k, v in os.environ.items() if not k.startswith("GIT_")} # a hook's GIT_DIR is another repository
     def git(*args): # "" where there is no git
-        try: return subprocess.run(["git", "-C", str(here), *args], stdin=subprocess.DEVNULL, capture_output=True, env=env,
-                                   timeout=10, encoding="utf-8", errors="replace").stdout.strip()
+        how = dict(env=env, timeout=10, encoding="utf-8", errors="replace", stdin=subprocess.DEVNULL)
+        try: return subprocess.run(["git", "-C", str(here), *args], capture_output=True, **how).stdout.strip()
         except (OSError, subprocess.SubprocessError): return ""
     tracked = git("ls-files", "--error-unmatch", "__init__.py") if (here.parent / ".git").exists() else ""
     dev = torch.device(device)

@@ -68,8 +68,8 @@ def device_for_rank(
 @contextlib.contextmanager
 def said_if_it_lasts(rank: int, world_size: int, timeout: float, seconds: float = 5.): # seconds: before it is said
     "Around a wait for others that may never come."
-    text = (f"process {rank} of {world_size} waits up to {timeout:.0f} s for the others, which the variables WORLD_SIZE "
-            "and RANK of a launcher promise; unset WORLD_SIZE where there are none")
+    text = (f"process {rank} of {world_size} waits up to {timeout:.0f} s for the others, which the variables "
+            "WORLD_SIZE and RANK of a launcher promise; unset WORLD_SIZE where there are none")
     timer = threading.Timer(seconds, say_once, [text])
     timer.daemon = True
     timer.start()

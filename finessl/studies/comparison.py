@@ -188,7 +188,8 @@ def main(argv=None) -> int: # exit code: 1 where a run broke
             from finessl.studies.comparison_figures import write_figures
             return write_figures(args.records, args.figures, args.overwrite)
         return int(any([run_study(study, args.records, args.workers) for study in args.studies or STUDIES]))
-    except (FileNotFoundError, UsageError) as error: ap.error(str(error)) # "tuned" without "tune", pictures without records
+    except (FileNotFoundError, UsageError) as error:
+        ap.error(str(error)) # "tuned" without "tune", pictures without records
 
 # %% ../../nbs/studies/comparison.ipynb #fd4f6a86
 if __name__ == "__main__" and __spec__: # not in a notebook
