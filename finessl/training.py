@@ -7,12 +7,11 @@ __all__ = ['RECORDED', 'Settings', 'Runtime', 'read_keywords', 'Setup', 'prepare
            'run_evaluation', 'batches', 'train', 'runtime_of', 'save_progress', 'finish', 'fit']
 
 # %% ../nbs/13_training.ipynb #ae40c2b8
-import contextlib, functools, math
+import contextlib, functools, math, torch
 from dataclasses import asdict, dataclass, fields, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import NamedTuple
-import torch
 from torch import Tensor
 from .data import Dataset
 from .engine.accumulate import accumulated_backward
@@ -218,8 +217,8 @@ def train(setup: Setup, state: TrainState, save=None, stop: GracefulStop|None = 
     state.watch.begin(setup)
     period = Period(r.checkpoint_minutes if save and group.is_main else None)
     timer.lap("eval_seconds")
-    compute = compute_logits
-    if r.compile: compute = functools.partial(compute_logits, features=compile_encoder(state.model.features, r.compile))
+    compute, kept = compute_logits, ", checkpoint written" if save else ""
+    if r.compile: compute = functools.partial(compute, features=compile_encoder(state.model.features, r.compile))
     with (ProgressBar(state, schedule.steps, type(algorithm).__name__, r.progress, group.is_main) as bar,
           stop_on_signal(stop, group) as asked, contextlib.closing(batches(setup, state.step)) as images):
         while state.step < schedule.steps:
@@ -237,7 +236,6 @@ def train(setup: Setup, state: TrainState, save=None, stop: GracefulStop|None = 
             if save and not last and (wish or r.checkpoint_every and state.step % r.checkpoint_every == 0): save(timer)
             if wish == 2 and not (last and stop is not None):
                 group.barrier()
-                kept = ", checkpoint written" if save else ""
                 raise KeyboardInterrupt(f"stopped after step {state.step} of {schedule.steps}{kept}")
 
 # %% ../nbs/13_training.ipynb #9eba108e
