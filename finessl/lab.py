@@ -8,11 +8,10 @@ __all__ = ['CachedView', 'extract_features', 'cache_views', 'CachedDigits', 'Lab
            'zero_shot']
 
 # %% ../nbs/02_lab.ipynb #d4e056d9
-import json, math
+import json, math, torch
 from importlib import resources
 from typing import NamedTuple
 import numpy as np
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from .backbone import load_backbone
@@ -197,7 +196,8 @@ def lab_run(
     head_init: str|None = None # "random", or "means": class means of the labelled images (see 12); None: as `fit` does
 ) -> LabRun:
     "Train two fresh heads on a split of the lab with `train_heads`; the constants of `fit` are the defaults."
-    init_seed, head_init = seed if init_seed is None else init_seed, head_init or getattr(algorithm, "head_init", "random")
+    if init_seed is None: init_seed = seed
+    if head_init is None: head_init = getattr(algorithm, "head_init", "random")
     settings = _lab_settings(lab, algorithm, dataset, schedule=schedule._asdict(), batch=batch, mu=mu,
                              momentum=momentum, weight_decay=weight_decay, seed=seed, init_seed=init_seed,
                              labelled="all", precision="float32", evals=evals, head_init=head_init)
