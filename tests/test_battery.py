@@ -77,3 +77,17 @@ def test_the_table_and_its_picture_say_what_the_splits_do():
     battery.plot_battery(df, ("FixMatch",), ax)
     assert [t.get_text() for t in ax.texts if "×" in t.get_text()] == ["−7.8×"]
     plt.close(fig)
+
+
+def test_what_the_readme_says_of_the_battery_is_what_the_records_say():
+    root = Path(__file__).resolve().parent.parent
+    df = battery.load_battery(root / "figures/records/battery.jsonl")
+    text = (root / "README.md").read_text(encoding="utf-8")
+    below = {row: int((battery.differences(df, row, (battery.ALONE,))["mean"] < 0).sum())
+             for row in (battery.CANDIDATE, "FixMatch", "FineSSL, γ = 3")}
+    cells = len(df.groupby(["set", "N"]))
+    assert f"in {below[battery.CANDIDATE]} of {cells} cells, FixMatch in {below['FixMatch']} and " in text, below
+    assert f"FineSSL with γ = 3 in {below['FineSSL, γ = 3']};" in text, below
+    ahead = str(battery.mean_difference(df, battery.CANDIDATE, "FineSSL, γ = 3")).replace("+", "")
+    assert f"ahead of FineSSL by {ahead} points" in text, ahead
+    assert not len(battery.clearly_below(battery.differences(df, battery.CANDIDATE, (battery.ALONE, battery.PROBE))))

@@ -186,7 +186,7 @@ def plot_battery(df: pd.DataFrame, rows, ax, baseline: str = ALONE): # df: of `l
     "Gains over a baseline in every cell, and in the mean."
     means = cell_means(df)
     gain = means.loc[[r for r in rows if r in means.index]] - means.loc[baseline]
-    shown = pd.concat([gain, gain.mean(1).rename("mean")], axis=1).to_numpy()
+    shown = pd.concat([gain, gain.mean(axis=1).rename("mean")], axis=1).to_numpy()
     ax.imshow(shown, cmap="RdBu", vmin=-15, vmax=15, aspect="auto")
     for i, row in enumerate(gain.index):
         worse = clearly_below(differences(df, row, (baseline,)))
@@ -203,7 +203,7 @@ def plot_battery(df: pd.DataFrame, rows, ax, baseline: str = ALONE): # df: of `l
     for name in dict.fromkeys(names):
         at = [j for j, n in enumerate(names) if n == name]
         ax.text(sum(at) / len(at), -.75, name.replace(", published", ",\npublished"), ha="center", fontsize=8)
-    ax.set_xlabel("labelled images a class"); ax.tick_params(length=0)
+    ax.set_xlabel("labelled images a class"); ax.tick_params(length=0, labelsize=8)
 
 # %% ../../nbs/studies/battery.ipynb #ba77001d
 def parser() -> argparse.ArgumentParser:
