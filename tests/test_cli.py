@@ -310,7 +310,7 @@ def test_train_says_what_it_did(trained):
     record = json.loads((run / "record.json").read_text())
     assert "3 classes, 3 labelled images, 23 in the pool, 12 for the test" in out and "after 12 steps" in out
     assert record["command"].startswith("finessl train --data ")
-    assert record["algorithm"]["name"] == "FineSSL"
+    assert record["algorithm"]["name"] == "AnchoredFineSSL"
     assert record["n_prompts"] == 2
     assert {p.name for p in run.iterdir()} - {".lock", ".finessl-run"} == {"record.json", "model.safetensors"}
 
@@ -430,7 +430,7 @@ def test_weights_from_a_file(finessl, refused, tmp_path):
     argv = ["--data", "digits", *TINY, "--steps", "2", "--backbone", "timm:test_vit", "--image-size", "32",
             "--checkpoint", "vit.safetensors", "--quiet"]
     assert finessl("train", *argv, "--out", "run")[::2] == (0, "")
-    cli_demo.write_samples(cli_train.load_dataset(SimpleNamespace(data="digits", per_class=1, seed=0, split_seed=None)),
+    cli_demo.write_samples(cli_train.load_dataset(SimpleNamespace(data="digits", labels=None, per_class=1, seed=0, split_seed=None)),
                            tmp_path / "images")
     code, out, _ = finessl("predict", "--run", "run", "images")
     assert code == 0 and len(rows(out)) == 11

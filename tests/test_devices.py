@@ -312,7 +312,7 @@ def test_ctrl_c_on_the_command_line(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize("processes, changes, says", [
     (0, {}, "processes must be >= 1"), (2, dict(batch=3, accumulate=2), "batch must be >= processes x accumulate"),
     (2, dict(device="mps"), "serves one process"), (2, dict(device="cuda:0"), "is one GPU"),
-    (2, dict(accumulate=0), "accumulate must be a whole number >= 1")])
+    (2, dict(accumulate=0), "accumulate must be a whole number from 1")])
 def test_what_cannot_be_is_refused_before_anything_starts(processes, changes, says):
     with pytest.raises(ValueError, match=says):
         fit_distributed(processes, few(), load_backbone("pocket"), FineSSL(), **dict(batch=4) | changes)

@@ -51,7 +51,8 @@ def few():
     return ds._replace(split=ds.split._replace(idx_lb=torch.zeros(0, dtype=torch.int64)), **first)
 
 
-SETTINGS = dict(n_prompts=2, steps=12, batch=9, mu=2, evals=3, progress=False, device="cpu")
+SETTINGS = dict(n_prompts=2, steps=12, batch=9, mu=2, evals=3, head_init="random", progress=False,
+                device="cpu")
 
 
 def run(algorithm, **changes): return fit(few(), load_backbone("pocket"), algorithm, **SETTINGS | changes)

@@ -14,6 +14,7 @@ from finessl.cli import main as cli_main
 from finessl import training
 from finessl.engine import batches, prefetch, storage
 from finessl.algorithms import FineSSL
+from finessl.backbone import load_backbone
 from finessl.engine.errors import DataError
 from finessl.data import digits
 from finessl.engine.folders import image_folder
@@ -144,7 +145,7 @@ def small_disk(out, kib):
 def on_a_small_disk(out, text):
     "A command on a disk that is full after its first checkpoint, and once more when it has grown."
     (out.parent / "disk").mkdir()
-    grow = small_disk(out.parent / "disk", 108) # marker and lock take a page each
+    grow = small_disk(out.parent / "disk", 128) # marker and lock take a page each
     first = cli_main.main(shlex.split(text)[1:])
     left = sorted(f.name for f in (out.parent / "disk/run").iterdir())
     grow(1000)
@@ -363,7 +364,7 @@ def test_every_device_says_it_in_its_own_words(tmp_path, error, monkeypatch):
 
 def test_no_memory_in_an_evaluation(tmp_path):
     def fail(x): raise MemoryError
-    views = training.default_views(few(), training.load_backbone("pocket"))._replace(eval_view=fail)
+    views = training.default_views(few(), load_backbone("pocket"))._replace(eval_view=fail)
     with pytest.raises(TrainingError, match="out of memory .*256 images at once.*the checkpoint of step 8 is kept"):
         go(tmp_path / "run", evals=1, views=views)
 
@@ -500,7 +501,7 @@ def test_when_asked_training_goes_on_bit_for_bit(photos, tmp_path, monkeypatch):
 
 def test_a_replacement_keeps_its_class_and_its_place_in_the_pool(photos):
     ds = image_lists(photos, image_size=32, unreadable="skip")
-    views = training.default_views(few(), training.load_backbone("pocket"))
+    views = training.default_views(few(), load_backbone("pocket"))
     for f in ("train/0/0.png", "train/1/3.png"): cut(photos / f)
     lb, ulb = (prefetch.make_fetcher(x, "cpu") for x in (ds.x_lb, ds.x_ulb))
     seen, labels = set(), torch.zeros(3, dtype=torch.int64)
@@ -527,7 +528,7 @@ def test_on_the_command_line(photos, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     cut(photos / "train/0/7.png")
     argv = shlex.split("train --data photos --out run --skip-unreadable --steps 8 --batch 4 --prompts 2 --evals 1 "
-                       "--checkpoint-every 2")
+                       "--checkpoint-every 2 --algorithm finessl")
     assert cli_main.main(argv[:5]) == 2 and "train/0/7.png" in capsys.readouterr().err.replace("\\", "/")
     real, calls = FineSSL.__call__, []
     def call(self, step, state):

@@ -95,7 +95,8 @@ def comparable(there: dict, here: dict) -> tuple[dict, dict]: # two runs' settin
     "The same without what does not make another run: the folder's name where its images are equal, codes not in both."
     def part(settings):
         rest = {k: v for k, v in settings.items() if k != "images" or "images" in there and "images" in here}
-        if there["dataset"]["hash"] != here["dataset"]["hash"]: return rest
+        if "dataset" not in settings or there.get("dataset", {}).get("hash") != here.get("dataset", {}).get("hash"):
+            return rest
         return rest | {"dataset": {k: v for k, v in settings["dataset"].items() if k != "source"}}
     return part(there), part(here)
 
