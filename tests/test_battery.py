@@ -21,7 +21,7 @@ def test_every_cell_is_planned_once_and_the_main_rows_come_first():
     assert [j["seeds"] for j in some] == [(s,) for s in range(3) for _ in battery.PROMPT_ROWS]
 
 
-@pytest.mark.parametrize("name", ["digits", "digits, long tail", "digits, open"])
+@pytest.mark.parametrize("name", ["digits, long tail", pytest.param("digits, open", marks=pytest.mark.slow)])
 def test_a_cell_is_recorded_and_made_again_to_the_bit(tmp_path, name):
     where = {"data": None, "checkpoint": None, "cache": None}
     for row in (battery.PROBE, battery.CANDIDATE):

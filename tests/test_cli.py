@@ -430,8 +430,8 @@ def test_weights_from_a_file(finessl, refused, tmp_path):
     argv = ["--data", "digits", *TINY, "--steps", "2", "--backbone", "timm:test_vit", "--image-size", "32",
             "--checkpoint", "vit.safetensors", "--quiet"]
     assert finessl("train", *argv, "--out", "run")[::2] == (0, "")
-    cli_demo.write_samples(cli_train.load_dataset(SimpleNamespace(data="digits", labels=None, per_class=1, seed=0, split_seed=None)),
-                           tmp_path / "images")
+    asked = SimpleNamespace(data="digits", labels=None, per_class=1, seed=0, split_seed=None)
+    cli_demo.write_samples(cli_train.load_dataset(asked), tmp_path / "images")
     code, out, _ = finessl("predict", "--run", "run", "images")
     assert code == 0 and len(rows(out)) == 11
     (tmp_path / "vit.safetensors").rename(tmp_path / "moved.safetensors")

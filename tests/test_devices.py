@@ -216,6 +216,7 @@ def test_the_first_that_failed_is_named(tmp_path):
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGKILL")
+@pytest.mark.slow
 def test_nothing_stays_of_a_parent_that_is_killed(tmp_path):
     "The children write their checkpoint, clear away what the parent had left for them, and end."
     (folder := tmp_path / "temporary").mkdir()
@@ -247,6 +248,7 @@ except RuntimeError as e: print(type(e).__name__, e)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits as Linux has them")
+@pytest.mark.slow
 def test_a_full_temporary_folder_is_one_sentence(tmp_path):
     (folder := tmp_path / "temporary").mkdir()
     command = [sys.executable, "-c", NO_ROOM, "train", "--data", "digits", "--per-class", "1", "--steps", "2",
@@ -279,6 +281,7 @@ def test_what_failed_says_so_and_not_who_ended_with_it(tmp_path, error, kind):
     assert "no space left in" in str(collected(1, 1, EXIT_DISK_FULL)) # it had no room to say so
 
 
+@pytest.mark.slow
 def test_torchrun_and_one_message(tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "finessl", "train",
                "--data", "digits", "--per-class", "1", "--steps", "12", "--batch", "5", "--prompts", "1",
@@ -334,6 +337,7 @@ def test_scaling_record(tmp_path):
     assert record["command"].startswith("python -m finessl.devices --out")
 
 
+@pytest.mark.slow
 def test_the_command_of_the_scaling_record(tmp_path):
     "The name in the records still starts it, and the processes that it starts find what they call."
     command = ["-m", "finessl.devices", "--out", "s.json", *SCALING, "--processes", "1,2"]

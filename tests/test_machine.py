@@ -102,7 +102,7 @@ def test_checkpoints_come_by_minutes(tmp_path, monkeypatch):
 
 
 @posix
-@pytest.mark.parametrize("log", ["closed", "full", "gone", "narrow"])
+@pytest.mark.parametrize("log", ["closed", "gone", *(pytest.param(k, marks=pytest.mark.slow) for k in ("full", "narrow"))])
 def test_a_log_that_nobody_takes_ends_no_run(log, tmp_path):
     out = tmp_path / "run"
     asked = ["-m", "finessl", *TRAIN, "--steps", "4", "--evals", "4", "--out", str(out)]

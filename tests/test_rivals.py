@@ -189,6 +189,7 @@ def test_two_processes_train_as_one(whole, two, name):
     same(two[name], result(whole[name][1]))
 
 
+@pytest.mark.slow
 def test_two_processes_of_a_command(whole):
     "As the command line starts them."
     name = "FreeMatch"

@@ -9,8 +9,8 @@ from finessl.checks.statistics import check_holm, check_paired_bootstrap_interva
 from finessl.studies.compare import compare, comparison_text, latex_table, write_comparison
 from finessl.studies.statistics import holm, paired_bootstrap_interval, paired_p_value
 
-RECORD = {"backbone": "pocket", "backbone_hash": "h", "image_size": 32, "read_size": 32, "mean": [.5] * 3, "std": [.5] * 3,
-          "classes": ["0", "1"], "peft": "vpt", "n_prompts": 4} # what else a record of a run holds
+RECORD = {"backbone": "pocket", "backbone_hash": "h", "image_size": 32, "read_size": 32, "mean": [.5] * 3,
+          "std": [.5] * 3, "classes": ["0", "1"], "peft": "vpt", "n_prompts": 4} # what else a record of a run holds
 
 
 def runs():

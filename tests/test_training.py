@@ -89,6 +89,7 @@ def test_stopped_once_and_killed_three_times_ends_as_an_unbroken_run(tmp_path, u
 
 
 @posix
+@pytest.mark.slow
 def test_a_second_run_into_a_folder_is_refused_while_the_first_lives(tmp_path):
     p = start(tmp_path)
     try:
