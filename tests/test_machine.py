@@ -102,7 +102,8 @@ def test_checkpoints_come_by_minutes(tmp_path, monkeypatch):
 
 
 @posix
-@pytest.mark.parametrize("log", ["closed", "gone", *(pytest.param(k, marks=pytest.mark.slow) for k in ("full", "narrow"))])
+@pytest.mark.parametrize("log", ["closed", "gone", pytest.param("full", marks=pytest.mark.slow),
+                                 pytest.param("narrow", marks=pytest.mark.slow)])
 def test_a_log_that_nobody_takes_ends_no_run(log, tmp_path):
     out = tmp_path / "run"
     asked = ["-m", "finessl", *TRAIN, "--steps", "4", "--evals", "4", "--out", str(out)]
