@@ -363,10 +363,15 @@ def test_every_device_says_it_in_its_own_words(tmp_path, error, monkeypatch):
 
 
 def test_no_memory_in_an_evaluation(tmp_path):
-    def fail(x): raise MemoryError
-    views = training.default_views(few(), load_backbone("pocket"))._replace(eval_view=fail)
+    views, calls = training.default_views(few(), load_backbone("pocket")), []
+    def fail(x):
+        calls.append(len(x))
+        if len(calls) > 2: raise MemoryError                   # the first two: what evaluations are compared with
+        return views.eval_view(x)
     with pytest.raises(TrainingError, match="out of memory .*256 images at once.*the checkpoint of step 8 is kept"):
-        go(tmp_path / "run", evals=1, views=views)
+        go(tmp_path / "run", evals=1, views=views._replace(eval_view=fail))
+    with pytest.raises(TrainingError, match="out of memory .*256 images at once.*no checkpoint was written yet"):
+        go(tmp_path / "other", evals=1, views=views._replace(eval_view=fail)) # before the first step
 
 
 def test_other_errors_stay_what_they_are(tmp_path, monkeypatch):
