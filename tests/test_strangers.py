@@ -124,10 +124,10 @@ def test_a_record_that_is_a_pipe(tmp_path):
     with pytest.raises(FileNotFoundError): read_record(tmp_path)
 
 
-HUBS = ["timm:hf_hub:stranger/model", "timm:hf-hub:stranger/model", "timm:local-dir:/tmp/evil", "timm:/tmp/evil",
-        "open_clip:hf-hub:stranger/model", "open_clip:local-dir:/tmp/evil", "open_clip:ViT-B-32//tmp/evil.pt",
+HUBS = ["timm:hf_hub:stranger/model", "timm:hf-hub:stranger/model", "timm:local-dir:/some/evil", "timm:/some/evil",
+        "open_clip:hf-hub:stranger/model", "open_clip:local-dir:/some/evil", "open_clip:ViT-B-32//some/evil.pt",
         "open_clip:ViT-B-32/hf-hub:stranger/model", "timm:vit_tiny_patch16_224.hf_hub:a/b", "open_clip:../../evil/x",
-        "hf-hub:stranger/model", "/tmp/evil", "timm:vit_tiny_patch16_224@hf_hub:a/b", "open_clip:ViT-B-32/../x"]
+        "hf-hub:stranger/model", "/some/evil", "timm:vit_tiny_patch16_224@hf_hub:a/b", "open_clip:ViT-B-32/../x"]
 
 
 @pytest.mark.parametrize("name", HUBS)
