@@ -31,7 +31,7 @@ setup(
     ],
     python_requires=">=" + cfg["min_python"],
     packages=find_packages(include=["finessl", "finessl.*"]),
-    package_data={"finessl": ["weights/*"]},
+    package_data={"finessl": ["weights/*", "assets/*"]},
     install_requires=cfg["requirements"].split(),
     extras_require={"dev": cfg["dev_requirements"].split()},
     entry_points={

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 from .options import path_type, ranged_type, resolve_device
 from ..engine.downloads import require_files
 from ..engine.errors import UsageError, printable
+from ..engine.lists import escape_formula
 from ..engine.storage import RUN_FILES, check_target, refuse_inputs, write_atomic
 
 # %% ../../nbs/cli/predict.ipynb #86dfb7c4
@@ -84,16 +85,13 @@ def csv_line(cells: list) -> str:
     csv.writer(line, lineterminator="\r\n").writerow(cells)
     return line.getvalue().removesuffix("\r\n") + "\n"
 
-def _no_formula(text: str, before: str) -> str: # before: what stands before a name that a spreadsheet would compute
-    return before + text if text[:1] in tuple("=+-@\t\r") else text
-
 def write_predictions(stream, files, p, classes): # files: N paths; p: (N, C) probabilities
     "CSV: file, class, confidence, a column per class; no name is a formula (`./=1.png` is the same file)."
-    names, heads = [_no_formula(str(c), "'") for c in classes], TABLE.split(",")
+    names, heads = [escape_formula(str(c), "'") for c in classes], TABLE.split(",")
     stream.write(csv_line([*heads, *(f"class {name}" if name in heads else name for name in names)]))
     for file, row in zip(files, p.tolist()):
         best = max(range(len(row)), key=row.__getitem__)
-        path = _no_formula(str(file), "./")
+        path = escape_formula(str(file), "./")
         stream.write(csv_line([path, names[best], *(f"{v:.6f}" for v in (row[best], *row))]))
 
 # %% ../../nbs/cli/predict.ipynb #c5b2e2f2
