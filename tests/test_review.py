@@ -3,12 +3,14 @@ import csv, json, os, re, shutil, signal, threading, time, urllib.request
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 from finessl.cli import main as cli_main
 from finessl.cli.report import inspect_run, page_of
-from finessl.engine.page import MAGIC, policy
+from finessl.engine.page import MAGIC, build_page, policy
 from finessl.engine.review import Corrections, ReviewServer
+from finessl.engine.thumbnails import make_thumbnails
 
 EVIL = ["<img src=x onerror=\"document.title='bad'\">", "=1+1", "</script><script>document.title='bad'</script>"]
 BRIEF = "--peft linear --steps 3 --batch 4 --evals 1 --quiet".split()
@@ -86,6 +88,17 @@ def test_what_is_found(seen):
     assert sum(c["model"] for c in o["pool"]) == 35                          # all but the test part
     record = json.loads(Path("run/record.json").read_text())
     assert o["accuracy"]["right"] == round(record["evaluations"][-1]["accuracy"] * 9)
+
+
+def test_five_thousand_images_fit_into_ten_megabytes(seen):
+    o, x, _, _ = seen
+    n = 5016
+    many = o | {"images": {k: (v * 114)[:n] for k, v in o["images"].items()}}
+    noise = torch.randint(0, 256, (n, 3, 12, 12), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    codes, px = make_thumbnails(noise, range(100))
+    page = build_page(many, (codes, px), "many")
+    assert 2e6 < len(page) < 10e6 and f"{sum(map(bool, codes))} of {n} images are shown, {px} px wide" in page
+    assert all(codes[:100]) and sum(map(bool, codes)) > n / 2
 
 
 def test_a_run_says_where_its_images_are_or_is_asked(run, refused, tmp_path):

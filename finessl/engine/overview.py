@@ -199,7 +199,8 @@ def facts(run: TrainedRun, dataset: Dataset) -> dict: # name -> text
             "data": one((r.get("dataset") or {}).get("source")),
             "classes": str(len(run.classes)), "labelled images": str(len(dataset.x_lb)),
             "pool": str(len(dataset.x_ulb)), "test part": str(len(dataset.x_test)), "seed": one(r.get("seed")),
-            "seconds": one(r.get("seconds")), "finessl": one(r.get("finessl")), "command": one(r.get("command"))}
+            "seconds": one(r.get("seconds")),
+            "finessl": one((r.get("versions") or {}).get("finessl")), "command": one(r.get("command"))}
 
 def readable_images(dataset: Dataset, run: TrainedRun): # -> x, kind, y as `collect_images`; features, probabilities
     "What a run makes of its images, of those that can be read."

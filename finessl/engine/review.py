@@ -113,7 +113,8 @@ class ReviewServer(ThreadingHTTPServer):
         TCPServer.server_bind(self)
         self.server_name, self.server_port = self.server_address[:2]
     def handle_error(self, request, client_address): # a browser that went away is no news
-        if not isinstance(sys.exception(), (ConnectionError, TimeoutError)): super().handle_error(request, client_address)
+        if isinstance(sys.exception(), (ConnectionError, TimeoutError)): return
+        super().handle_error(request, client_address)
 
     def image(self, i: int) -> bytes:
         "An image as the encoder's reader sees it."
