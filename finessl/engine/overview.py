@@ -77,7 +77,7 @@ def ask_probe(run: TrainedRun, x, kind: Tensor, y: Tensor, feat: Tensor):
     return said, left_out_probabilities(feat[lb], y[lb], len(run.classes))
 
 # %% ../../nbs/engine/overview.ipynb #0fe40012
-FEW = 8 # images in a list of the gallery
+FEW = 6 # images in a list of the gallery
 
 def accuracy_numbers(pl: Tensor, y: Tensor, n_classes: int) -> dict: # pl, y: (N,) int64 in [0, C)
     "Accuracy with its interval, per class too, and how often which class was taken for which."
