@@ -19,6 +19,7 @@ from .engine.batches import compute_logits, make_batch
 from .engine.checkpoint import TrainState, resume_from, runtime_info, save_checkpoint, saved_setting
 from .engine.environment import environment
 from .engine.evaluation import evaluate, finalize_log, predict_logits
+from .engine.features import on_features, on_images
 from .engine.fingerprint import image_codes, may_change
 from .engine.images import exclude_files, unreadable_files
 from .engine.inputs import as_encoder
@@ -57,6 +58,7 @@ class Settings:
     labelled: str = "all" # "release": drop labelled images as the released loader does
     precision: str|None = None # "float32" or "bf16"; None: bf16 on a GPU that has it; a resume keeps its own
     evals: int = 10 # evaluations, evenly spaced, the last at the end; none is ever selected
+    stored_views: tuple[int, int]|None = None # weak, strong: features kept on the disk, for "linear"; None: new views
     views: Views|None = None # None: the digits' recipe for digits, the paper's for anything else
 
 # %% ../nbs/13_training.ipynb #57c968da
@@ -131,6 +133,7 @@ def prepare(
                       prefetch_depth=default_prefetch_depth(dataset, device) if depth is None else depth)
     recorded = build_settings(dataset, encoder, algorithm, settings.views, settings.schedule,
                               **{name: getattr(settings, name) for name in RECORDED})
+    if settings.stored_views is not None: recorded["stored_views"] = list(settings.stored_views)
     if not may_change(dataset): recorded["images"] = image_codes(dataset)
     group.assert_same(recorded, "settings")
     setup = Setup(dataset, encoder, algorithm, settings, runtime, group, recorded)
@@ -278,18 +281,20 @@ def fit(
     settings, runtime = read_keywords(settings, runtime, keywords)
     folder, group = None if out is None else Path(out).expanduser(), ProcessGroup(runtime.device)
     with fresh_torch(), fail_together(group):
-        setup = prepare(dataset, backbone, algorithm, settings, runtime, group, folder if resume else None)
-        state = build_state(setup)
-        mine, reads = folder if group.is_main else None, [getattr(setup.encoder, "checkpoint", None)]
-        with run_folder(mine, overwrite, resume, runtime.command, reads) as held, stop_on_signal(None, group) as stop:
+        given = prepare(dataset, backbone, algorithm, settings, runtime, group, folder if resume else None)
+        mine, reads = folder if group.is_main else None, [getattr(given.encoder, "checkpoint", None)]
+        with run_folder(mine, overwrite, resume, runtime.command, reads) as held:
+            setup = on_features(given)
+            state = build_state(setup)
             def work():
-                if resume and folder: resume_from(held, state, setup.recorded, runtime_of(setup), group)
-                train(setup, state, folder and functools.partial(save_progress, setup, state, held), stop)
-                run = finish(setup, state)
+                if resume and folder: resume_from(held, state, setup.recorded, runtime_of(given), group)
+                train(setup, state, folder and functools.partial(save_progress, given, state, held), stop)
+                run = on_images(finish(setup, state), given)
                 if held is not None: save_run(run, held)
                 return run
-            run = explained(work, folder)
-            group.barrier()
+            with stop_on_signal(None, group) as stop:
+                run = explained(work, folder)
+                group.barrier()
         if stop.requested:
             raise KeyboardInterrupt("stopped after the last step" + ", record and model written" * (folder is not None))
     return run

@@ -28,7 +28,9 @@ def start(*arguments, **how):
 def wait_for(condition, process, seconds=240):
     deadline = time.monotonic() + seconds
     while not condition():
-        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+        if process.poll() is not None or time.monotonic() > deadline:
+            process.kill()
+            pytest.fail(f"it never came to that: {process.communicate()}")
         time.sleep(.02)
 
 
@@ -42,7 +44,8 @@ def test_a_signal_leaves_a_checkpoint_and_says_how_to_go_on(name, tmp_path):
     wait_for((out / "checkpoint.pt").exists, p)
     p.send_signal(number)
     if name == "SIGXCPU": p.send_signal(number) # the kernel sends it once a second
-    said = p.communicate(timeout=120)[1]
+    try: said = p.communicate(timeout=120)[1]
+    finally: p.kill()
     assert p.returncode == 130 and "checkpoint written; go on with:" in said and "--resume" in said, said
     assert "scontrol requeue 4711" in said
     assert not (out / ".lock").exists() and (out / "checkpoint.pt").exists()

@@ -12,8 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from .options import path_type, ranged_type, resolve_device
 from ..engine.downloads import require_files
-from ..engine.errors import UsageError, printable
-from ..engine.lists import escape_formula
+from ..engine.errors import UsageError, escape_formula, printable
 from ..engine.storage import RUN_FILES, check_target, refuse_inputs, write_atomic
 
 # %% ../../nbs/cli/predict.ipynb #86dfb7c4

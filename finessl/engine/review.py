@@ -11,8 +11,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from socketserver import TCPServer
 import torch
-from .errors import UsageError
-from .lists import escape_formula
+from .errors import UsageError, escape_formula
 from .overview import TEST
 from .storage import check_target, write_atomic
 from .thumbnails import image_format, shrink_images

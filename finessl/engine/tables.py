@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 from ..data import Dataset, Split, generator, short_hash, split_labels
 from .atomic import say_once
-from .errors import DataError
+from .errors import DataError, unescape_formula
 from .folders import files_to_skip
 from .images import ImageFiles
-from .lists import read_text, unescape_formula
+from .lists import read_text
 from .parts import list_images
 from .torch_state import fresh_torch
 
