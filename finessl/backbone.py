@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['naive_attention', 'attention', 'project_heads', 'Block', 'timm_block', 'open_clip_block', 'unsupported_reason',
            'trunk_blocks', 'trunk_sizes', 'trunk_norm', 'trunk_tokens', 'caption_projection', 'weights_hash',
-           'project_feature', 'embed_captions', 'Encoder', 'refusal', 'load_backbone']
+           'project_feature', 'embed_captions', 'Encoder', 'class_embeddings', 'refusal', 'load_backbone']
 
 # %% ../nbs/11_backbone.ipynb #598c08bf
 import contextlib, hashlib, os
@@ -218,6 +218,16 @@ class Encoder(nn.Module):
     def project(self, feat): return project_feature(self.model, feat, self.name) # (B, D) -> (B, E), not normalised
     def text(self, captions): # list of C strings -> (C, E), rows of length 1; None without a text tower
         return embed_captions(self.model, self.tokenizer, captions)
+
+# %% ../nbs/11_backbone.ipynb #c1e00002
+def class_embeddings(
+    encoder, # with a text tower
+    names, # C names
+    templates: list[str] # captions, {} for the name
+) -> Tensor: # (C, E), not normalised
+    "A class in the space of captions: its captions' mean."
+    if encoder.tokenizer is None: raise ValueError(f"{encoder.name} has no text tower: zero-shot needs one")
+    return torch.stack([encoder.text([t.format(name) for t in templates]).mean(0) for name in names])
 
 # %% ../nbs/11_backbone.ipynb #bc4bda16
 def refusal(
