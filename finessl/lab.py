@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['CachedView', 'extract_features', 'cache_views', 'CachedDigits', 'Lab', 'train_heads', 'LabRun', 'lab_run',
-           'reference_run', 'logistic_probe', 'linear_probe', 'raw_probe', 'class_embeddings', 'zero_shot_logits',
-           'zero_shot']
+           'reference_run', 'logistic_probe', 'linear_probe', 'raw_probe', 'zero_shot_logits', 'zero_shot']
 
 # %% ../nbs/02_lab.ipynb #d4e056d9
 import hashlib, json, math, torch
@@ -14,13 +13,14 @@ from typing import NamedTuple
 import numpy as np
 import torch.nn.functional as F
 from torch import Tensor, nn
-from .backbone import load_backbone
+from .backbone import class_embeddings, load_backbone
 from .data import Dataset, digits, generator, load_digit_images
 from .engine.batches import VIEW_STRONG, VIEW_WEAK, compute_logits, make_batch
 from .engine.environment import environment
 from .engine.errors import NonFiniteLoss
 from .engine.evaluation import evaluate, finalize_log
-from .engine.features import FeatureTable, cache_folder, table_code
+from .engine.feature_table import FeatureTable, cache_folder, numbered_rows
+from .engine.features import table_code
 from .engine.metrics import MetricAccumulator, classification_metrics
 from .engine.plots import COLOURS, colour, plot_over_steps # each method has one colour throughout
 from .engine.progress import Timer
@@ -67,13 +67,9 @@ def extract_features(
         params = view.sample_params(len(x), generator(seed, v, stream))
         return torch.cat([encoder(view(x[c], {k: p[c] for k, p in params.items()})) for c in cuts])
     if folder is None: return torch.stack([one(v) for v in range(n_views)])
-    pixels = hashlib.sha256(x.numpy()).hexdigest()
-    table = FeatureTable(table_code(encoder, [view], pixels, seed, stream, batch), len(x) * encoder.width, folder)
-    keys = [v.to_bytes(16, "big") for v in range(n_views)]     # a row is a view of all images
-    for key, at in zip(keys, table.find(keys).tolist()):
-        if at < 0: table.add([key], one(keys.index(key)).view(1, -1))
-    table.read()
-    return table.rows[table.find(keys)].view(n_views, len(x), -1)
+    code = table_code(encoder, [view], hashlib.sha256(x.numpy()).hexdigest(), seed, stream, batch)
+    table = FeatureTable(code, len(x) * encoder.width, folder) # a row is a view of all images
+    return numbered_rows(table, n_views, lambda v: one(v).flatten()).view(n_views, len(x), -1)
 
 # %% ../nbs/02_lab.ipynb #e868f156
 def cache_views(
@@ -99,12 +95,11 @@ class CachedDigits:
         n_strong: int = 8, # stored strong views per image
         seed: int = 0 # of the stored views
     ):
-        self.encoder = load_backbone(encoder) if isinstance(encoder, str) else encoder
+        self.encoder = encoder = load_backbone(encoder) if isinstance(encoder, str) else encoder
         whole = digits(None, 0)
         self.x = torch.cat([whole.x_ulb, whole.x_test])                    # (1797, 3, 32, 32): number -> image
         self.index = {image.numpy().tobytes(): i for i, image in enumerate(self.x)}
-        self.views = cache_views(self.encoder, self.x, default_views(whole, self.encoder), n_weak, n_strong, seed,
-                                 cache_folder())
+        self.views = cache_views(encoder, self.x, default_views(whole, encoder), n_weak, n_strong, seed, cache_folder())
         self.feat, self.splits = self.views.eval_view.feat[0], {}          # (1797, D), of plain views
         self.settings = {"backbone": self.encoder.name, "backbone_hash": self.encoder.hash,
                          "peft": "linear", "n_prompts": 0,
@@ -279,15 +274,6 @@ def raw_probe(lab: Lab, n_per_class: int, seed: int, known: int|None = None) -> 
     return _probe_run(x, lab.split(n_per_class, seed, known), "raw pixels")
 
 # %% ../nbs/02_lab.ipynb #f06aa1f7
-def class_embeddings(
-    encoder, # with a text tower
-    names, # C names
-    templates: list[str] # captions, {} for the name
-) -> Tensor: # (C, E), not normalised
-    "A class in the space of captions: its captions' mean."
-    if encoder.tokenizer is None: raise ValueError(f"{encoder.name} has no text tower: zero-shot needs one")
-    return torch.stack([encoder.text([t.format(name) for t in templates]).mean(0) for name in names])
-
 def zero_shot_logits(
     feat: Tensor, # (N, E) float, features of images in the space of captions
     text: Tensor, # (C, E) float, from `class_embeddings`

@@ -10,6 +10,7 @@ if "PYTEST_XDIST_WORKER" in os.environ: os.environ.setdefault("OMP_NUM_THREADS",
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN: signal.signal(signal.SIGINT, signal.default_int_handler)
 if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:     # as nohup leaves it
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
-if "FINESSL_CACHE" not in os.environ:           # features are computed once a run of the tests, by whichever worker asks
+# features are computed once a run of the tests, by whichever worker asks first
+if "FINESSL_CACHE" not in os.environ:
     os.environ["FINESSL_CACHE"] = tempfile.mkdtemp(prefix="finessl-tests-")
     atexit.register(shutil.rmtree, os.environ["FINESSL_CACHE"], True)

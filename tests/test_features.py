@@ -3,7 +3,7 @@ import json, os, signal, subprocess, sys, time
 import pytest
 import torch
 from PIL import Image
-from finessl.cli.main import main as command
+from finessl.cli.main import main as finessl
 from finessl.algorithms import FineSSL
 from finessl.anchored import AnchoredFineSSL
 from finessl.backbone import load_backbone
@@ -123,8 +123,8 @@ for i in range(int(sys.argv[2]), 10**6, 2):
 
 
 def test_two_writers_are_killed_and_what_stands_is_whole(tmp_path):
-    children = [subprocess.Popen([sys.executable, "-c", WRITER, str(tmp_path), str(i)], stdout=subprocess.PIPE, text=True)
-                for i in (0, 1)]
+    command = [sys.executable, "-c", WRITER, str(tmp_path)]
+    children = [subprocess.Popen([*command, i], stdout=subprocess.PIPE, text=True) for i in "01"]
     try:
         for c in children: assert c.stdout.readline() == "begun\n"
         time.sleep(1)
@@ -142,10 +142,10 @@ def test_two_writers_are_killed_and_what_stands_is_whole(tmp_path):
 def test_a_folder_trains_heads_on_a_cpu_and_says_so(photos, cache, tmp_path, capsys):
     few = ["train", "--data", str(photos), "--steps", "12", "--batch", "8", "--evals", "2"]
     def run(out, *more):
-        assert command([*few, "--out", str(tmp_path / out), *more]) == 0
+        assert finessl([*few, "--out", str(tmp_path / out), *more]) == 0
         return json.loads((tmp_path / out / "record.json").read_text()), capsys.readouterr().out
     record, said = run("a")
-    assert record["peft"] == "linear" and record["stored_views"] == [4, 8] and "--peft vpt trains prompts" in said
+    assert record["peft"] == "linear" and record["stored_views"] == [4, 8] and "--peft vpt" in said
     rows = size(cache)
     assert run("b", "--seed", "1")[0]["peft"] == "linear" and size(cache) == rows
     record, said = run("c", "--views", "new", "--peft", "linear")
@@ -172,3 +172,16 @@ def test_unreadable_images_are_left_out_and_named(photos, cache, tmp_path):
     encoder = load_backbone("pocket")
     stored = store_views(ds, encoder, default_views(ds, encoder), 1, 1, folder=cache)
     assert len(stored.dataset.x_ulb) + len(unread) - len(ds.split.unreadable) == len(ds.x_ulb)
+
+
+def test_prompts_start_from_heads_that_were_trained_first(cache):
+    long = dict(steps=40, batch=8, evals=1, progress=False)
+    heads = fit(DATA, "pocket", AnchoredFineSSL(), peft="linear", stored_views=(4, 8), **long)
+    from finessl.training import Runtime, Settings, build_state, prepare
+    from finessl.engine.schedule import Schedule
+    settings = Settings(Schedule(40), batch=8, evals=1, peft="vpt", n_prompts=1, head_init="trained")
+    state = build_state(prepare(DATA, "pocket", AnchoredFineSSL(), settings, Runtime("cpu")))
+    assert torch.equal(state.model.head.weight, heads.model.head.weight)
+    assert torch.equal(state.model.aux_head.scale, heads.model.aux_head.scale)
+    with pytest.raises(ValueError, match='"trained" where more than heads is trained'):
+        fit(DATA, "pocket", AnchoredFineSSL(), head_init="trained", peft="linear", **long)

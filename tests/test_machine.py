@@ -35,7 +35,7 @@ def wait_for(condition, process, seconds=240):
 
 
 @posix
-@pytest.mark.parametrize("name", ["SIGHUP", "SIGXCPU"])
+@pytest.mark.parametrize("name", [pytest.param("SIGHUP", marks=pytest.mark.slow), "SIGXCPU"])
 def test_a_signal_leaves_a_checkpoint_and_says_how_to_go_on(name, tmp_path):
     number = getattr(signal, name)
     out = tmp_path / "run"
@@ -105,8 +105,8 @@ def test_checkpoints_come_by_minutes(tmp_path, monkeypatch):
 
 
 @posix
-@pytest.mark.parametrize("log", ["closed", "gone", pytest.param("full", marks=pytest.mark.slow),
-                                 pytest.param("narrow", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("log", ["closed", *(pytest.param(log, marks=pytest.mark.slow)
+                                             for log in ("gone", "full", "narrow"))])
 def test_a_log_that_nobody_takes_ends_no_run(log, tmp_path):
     out = tmp_path / "run"
     asked = ["-m", "finessl", *TRAIN, "--steps", "4", "--evals", "4", "--out", str(out)]

@@ -175,6 +175,7 @@ def chosen_peft(args) -> str|None: # None: as the device says
     "What was named, or what the data or another option asks for."
     many = args.processes > 1 or read_ranks().world_size > 1
     prompts = args.prompts is not None or args.prompt_init == "tokens"
+    prompts = prompts or args.head_init == "trained"
     return args.peft or ("vpt" if many or prompts or args.preset or args.data in NAMED else None)
 
 def algorithm_options(args) -> dict: # argument of the algorithm -> value, defaults filled in
@@ -193,8 +194,8 @@ def algorithm_options(args) -> dict: # argument of the algorithm -> value, defau
 # %% ../../nbs/cli/options.ipynb #0c15f1b1
 ANCHORED = ("algorithm: anchored, which weighs an unlabelled image by what the labelled ones alone say of it; "
             "--algorithm finessl is the paper's")
-HEADS = ("trained: heads on features that are computed once and kept, since no GPU is here; --peft vpt trains prompts "
-         "too, in many times the time")
+HEADS = ("trained: heads on features that are computed once and kept, since no GPU is here; --peft vpt --head-init "
+         "trained goes on from such heads with prompts, in many times the time")
 
 def choose_peft(args, device) -> bool: # device: a name, or None; -> was it chosen here
     "Settle what is trained, and on which views; a resume goes on with what it finds."

@@ -71,9 +71,9 @@ def add_model(p):
     g.add_argument("--prompt-init", choices=("random", "tokens"), default="random",
                    help="prompts start at random, as in the paper, or as tokens of labelled images, for encoders that "
                         "random ones upset")
-    g.add_argument("--head-init", choices=("random", "means"),
-                   help="heads start at random, as in the paper, or at class means of the labelled images' features "
-                        "(default: means for --algorithm anchored, else random)")
+    g.add_argument("--head-init", choices=("random", "means", "trained"),
+                   help="heads start at random, as in the paper, at class means of the labelled images' features, or "
+                        "as training on frozen features leaves them (default: means for anchored, else random)")
     g.add_argument("--init-seed", metavar="S", type=seed_type, help="initial prompts and heads (default: as --seed)")
 
 def add_schedule(p):
@@ -125,8 +125,7 @@ def add_train(commands, common):
     p = commands.add_parser("train", parents=[common], help="train on a few labelled and many unlabelled images",
                             description=TRAIN)
     p.usage = f"{p.prog} --data DATA [--per-class N] --out DIR [--resume] [other options]"
-    # the latter three: a preset's
-    p.set_defaults(run=train_command, decay="step", reset_pace_every=None, normalise=None)
+    p.set_defaults(run=train_command, decay="step", reset_pace_every=None, normalise=None) # but for run, a preset's
     for add in (add_images, add_algorithm, add_model, add_schedule, add_machine, add_output): add(p)
 
 TRAIN = """Train prompts and a head on a frozen encoder, from a few labelled and many unlabelled images.
@@ -151,8 +150,9 @@ def load_dataset(args): # -> Dataset
         return torchvision_dataset(args.data, args.per_class, seed, args.data_dir)
     from finessl.engine.lists import find_lists
     make = image_lists if "labelled" in find_lists(args.data) else image_folder
-    lazy = {"lazy": True} if args.stored_views and make is image_folder else {} # each is read once at most
-    return make(args.data, args.per_class, seed, unreadable=skip_option(args), max_megapixels=args.max_megapixels, **lazy)
+    more = {"lazy": True} if args.stored_views and make is image_folder else {} # each is read once at most
+    more |= {"unreadable": skip_option(args), "max_megapixels": args.max_megapixels}
+    return make(args.data, args.per_class, seed, **more)
 
 def skip_option(args): # "raise", "skip", or a list of names
     "Leave out what `--skip-unreadable` says, or at a resume what the run left out when it began."
@@ -197,6 +197,8 @@ def check_train(args):
     needs = {"--prompts": args.prompts is not None, "--prompt-init tokens": args.prompt_init == "tokens"}
     if (peft := chosen_peft(args)) not in (None, "vpt") and any(needs.values()):
         raise UsageError(f"{next(o for o, given in needs.items() if given)} belongs to --peft vpt, not to {peft}")
+    if args.head_init == "trained" and peft == "linear":
+        raise UsageError("--head-init trained is for what trains more than heads, not for --peft linear")
     if args.views == "stored" and (peft not in (None, "linear") or args.processes > 1):
         raise UsageError("--views stored belongs to --peft linear in one process")
     check_data(args)
@@ -273,11 +275,9 @@ def settings_from_args(args, views): # -> Settings
     "What decides the result, from the command line."
     from finessl.engine.schedule import Schedule
     from finessl.training import Settings
-    names = ("batch", "mu", "labelled", "seed", "init_seed", "prompt_init", "head_init", "precision", "evals", "peft",
-             "stored_views")
+    names = "batch mu labelled seed init_seed prompt_init head_init precision evals peft stored_views".split()
     return Settings(Schedule(args.steps, args.lr, args.decay, args.reset_pace_every), n_prompts=args.prompts,
-                    views=views,
-                    **{name: getattr(args, name) for name in names})
+                    views=views, **{name: getattr(args, name) for name in names})
 
 def runtime_options(args, device): # -> Runtime
     "How it is computed, from the command line."
