@@ -148,6 +148,9 @@ def test_a_folder_trains_heads_on_a_cpu_and_says_so(photos, cache, tmp_path, cap
     assert record["peft"] == "linear" and record["stored_views"] == [4, 8] and "--peft vpt" in said
     rows = size(cache)
     assert run("b", "--seed", "1")[0]["peft"] == "linear" and size(cache) == rows
+    assert finessl(["report", "--run", str(tmp_path / "b"), "--out", str(tmp_path / "b.html")]) == 0
+    assert size(cache) == rows and (tmp_path / "b.html").stat().st_size > 10_000
+    capsys.readouterr()
     record, said = run("c", "--views", "new", "--peft", "linear")
     assert "stored_views" not in record and "--peft vpt" not in said
     record, said = run("d", "--prompts", "2")

@@ -94,6 +94,7 @@ def run_source(args, record: dict): # -> arguments of `finessl train` for `load_
             raise UsageError(f"{path}, which {args.folder} was trained on, is not there; name it with {option}"
                              if not getattr(args, option[2:]) else f"{option} {path}: path does not exist")
     said.skip_unreadable, said.resume = said.skip_unreadable or args.skip_unreadable, False
+    said.stored_views = record.get("stored_views")             # then files are read when they are asked for
     return said
 
 def inspect_run(args): # -> overview, images, folder from which file names count, `finessl train` arguments

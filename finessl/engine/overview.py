@@ -14,6 +14,8 @@ from torch import Tensor
 from ..backbone import load_backbone
 from ..data import Dataset, take_images
 from .evaluation import POOL_IMAGES, fixed_sample, predict_logits
+from .feature_table import cache_folder
+from .features import stored_features
 from .findings import (coverage_curve, label_issues, left_out_probabilities, near_duplicates,
                                      share_interval, threshold_for)
 from .images import ImageFiles, readable_mask
@@ -56,7 +58,10 @@ def image_names(
 @torch.no_grad()
 def ask_run(run: TrainedRun, x): # -> (N, D) features; (N, C) probabilities
     "What a trained model makes of images."
-    feat = predict_logits(run.model.features, x, run.eval_view, run.device)
+    if run.record["peft"] == "linear": # frozen: kept, or to be kept
+        rows, at = stored_features(run.model.features.encoder, x, run.eval_view, cache_folder())
+        feat = rows[at.clamp(min=0)]
+    else: feat = predict_logits(run.model.features, x, run.eval_view, run.device)
     return feat, run.model.head(feat.to(run.device)).float().softmax(1).cpu()
 
 @fresh_torch()
