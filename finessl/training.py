@@ -18,7 +18,7 @@ from .engine.batches import compute_logits, make_batch
 from .engine.checkpoint import TrainState, resume_from, runtime_of, save_progress, saved_setting
 from .engine.environment import environment
 from .engine.evaluation import evaluate, finalize_log, predict_logits
-from .engine.features import on_features, on_images
+from .engine.features import STORED_VIEWS, on_features, on_images
 from .engine.fingerprint import image_codes, may_change
 from .engine.images import exclude_files
 from .engine.inputs import as_encoder
@@ -244,7 +244,7 @@ def train(setup: Setup, state: TrainState, save=None, stop: GracefulStop|None = 
 # %% ../nbs/13_training.ipynb #sfh00002
 def start_from_heads(setup: Setup, model):
     "Both heads of `model` as the same run on frozen features leaves them."
-    how = dict(peft="linear", n_prompts=0, prompt_init="random", stored_views=(4, 8), evals=1)
+    how = dict(peft="linear", n_prompts=0, prompt_init="random", stored_views=STORED_VIEWS, evals=1)
     settings = replace(setup.settings, head_init=getattr(setup.algorithm, "head_init", "random"), **how)
     first = on_features(setup._replace(settings=settings, runtime=replace(setup.runtime, progress=False)))
     state = build_state(first)

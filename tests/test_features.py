@@ -145,7 +145,7 @@ def test_a_folder_trains_heads_on_a_cpu_and_says_so(photos, cache, tmp_path, cap
         assert finessl([*few, "--out", str(tmp_path / out), *more]) == 0
         return json.loads((tmp_path / out / "record.json").read_text()), capsys.readouterr().out
     record, said = run("a")
-    assert record["peft"] == "linear" and record["stored_views"] == [4, 8] and "--peft vpt" in said
+    assert record["peft"] == "linear" and record["stored_views"] == [3, 5] and "--peft vpt" in said
     rows = size(cache)
     assert run("b", "--seed", "1")[0]["peft"] == "linear" and size(cache) == rows
     assert finessl(["report", "--run", str(tmp_path / "b"), "--out", str(tmp_path / "b.html")]) == 0
@@ -179,7 +179,7 @@ def test_unreadable_images_are_left_out_and_named(photos, cache, tmp_path):
 
 def test_prompts_start_from_heads_that_were_trained_first(cache):
     long = dict(steps=40, batch=8, evals=1, progress=False)
-    heads = fit(DATA, "pocket", AnchoredFineSSL(), peft="linear", stored_views=(4, 8), **long)
+    heads = fit(DATA, "pocket", AnchoredFineSSL(), peft="linear", stored_views=(3, 5), **long)
     from finessl.training import Runtime, Settings, build_state, prepare
     from finessl.engine.schedule import Schedule
     settings = Settings(Schedule(40), batch=8, evals=1, peft="vpt", n_prompts=1, head_init="trained")

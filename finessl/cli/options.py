@@ -200,6 +200,7 @@ HEADS = ("trained: heads on features that are computed once and kept, since no G
 def choose_peft(args, device) -> bool: # device: a name, or None; -> was it chosen here
     "Settle what is trained, and on which views; a resume goes on with what it finds."
     from finessl.engine.checkpoint import saved_setting
+    from finessl.engine.features import STORED_VIEWS
     from finessl.engine.precision import default_device
     begun, args.peft = args.out if args.resume else None, chosen_peft(args)
     if chosen := args.peft is None:
@@ -207,7 +208,7 @@ def choose_peft(args, device) -> bool: # device: a name, or None; -> was it chos
     views = args.views or ("new" if args.data in NAMED or read_ranks().world_size > 1 else "stored")
     if not args.views and saved_setting("peft", begun):
         views = "stored" if saved_setting("stored_views", begun) else "new"
-    args.stored_views = (4, 8) if args.peft == "linear" and args.processes == 1 and views == "stored" else None
+    args.stored_views = STORED_VIEWS if args.peft == "linear" and args.processes == 1 and views == "stored" else None
     return chosen and args.peft == "linear"
 
 # %% ../../nbs/cli/options.ipynb #0c15f1a9

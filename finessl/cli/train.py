@@ -63,7 +63,7 @@ def add_model(p):
                         f"{', '.join(SIZES)}; a size may follow, as in lora:8 (default: vpt, but linear for a folder "
                         "on a CPU)")
     g.add_argument("--views", choices=("stored", "new"),
-                   help="with --peft linear: features of 4 weak and 8 strong views an image, computed once and kept, "
+                   help="with --peft linear: features of a few weak and strong views an image, computed once and kept, "
                         "or new views in every step (default: stored for a folder, else new)")
     g.add_argument("--prompts", metavar="P", type=count_type("n_prompts"),
                    help="prompts per layer, for --peft vpt (default: 50 for 197 tokens, as in the paper; 4 for the "
