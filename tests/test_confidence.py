@@ -41,6 +41,7 @@ def test_what_is_said_is_what_was_counted():
     assert "too few images to be sure of 90 %" in str(SureAbove(.8, .9, 100, 60, 57))
     assert "too few" not in str(SureAbove(.8, .9, 500, 300, 290))
     hopeless = sure_above(torch.tensor([[.9, .1]]).repeat(40, 1), torch.ones(40, dtype=torch.int64))
+    assert "none of 100 held-out images passes" in str(SureAbove(.8, .9, 100, 0, 0))
     assert hopeless.threshold == math.inf and "all predictions are unsure" in str(hopeless)
 
 

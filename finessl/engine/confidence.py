@@ -71,9 +71,11 @@ class SureAbove(NamedTuple):
 
     def __str__(self):
         wanted, (low, high) = f"{100 * self.accuracy:g} %", self.interval()
+        if self.threshold == math.inf:
+            return f"no threshold gives {wanted} right on {self.n} held-out images; all predictions are unsure"
         if not self.passed:
-            return (f"not even the surest of {self.n} held-out images are right often enough for {wanted}"
-                    + ("; all predictions are unsure" if self.threshold == math.inf else ""))
+            return (f"unsure below {self.threshold:.4f}, for {wanted} right; none of {self.n} held-out images passes a "
+                    "threshold chosen without it, so nothing is known of its worth")
         said = (f"unsure below {self.threshold:.4f}, for {wanted} right: of {self.n} held-out images, judged by "
                 f"thresholds chosen without them, {self.passed} pass and {self.right} of these are right, "
                 f"{100 * self.right / self.passed:.1f} % (95 % interval {100 * low:.1f} to {100 * high:.1f})")
