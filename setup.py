@@ -31,7 +31,7 @@ setup(
     ],
     python_requires=">=" + cfg["min_python"],
     packages=find_packages(include=["finessl", "finessl.*"]),
-    package_data={"finessl": ["weights/*"]},
+    package_data={"finessl": ["weights/*", "assets/*"]},
     install_requires=cfg["requirements"].split(),
     extras_require={"dev": f'{cfg["dev_requirements"]} {cfg["export_requirements"]}'.split(),
                     "export": cfg["export_requirements"].split()},

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['naive_attention', 'attention', 'project_heads', 'Block', 'timm_block', 'open_clip_block', 'unsupported_reason',
            'trunk_blocks', 'trunk_sizes', 'trunk_norm', 'trunk_tokens', 'caption_projection', 'weights_hash',
-           'project_feature', 'embed_captions', 'Encoder', 'refusal', 'load_backbone']
+           'project_feature', 'embed_captions', 'Encoder', 'refusal', 'load_backbone', 'class_embeddings']
 
 # %% ../nbs/11_backbone.ipynb #598c08bf
 import contextlib, hashlib, os
@@ -250,3 +250,13 @@ def load_backbone(
     encoder = Encoder(model, name, spec.mean, spec.std, spec.tokenizer if hasattr(model, "encode_text") else None)
     encoder.checkpoint = checkpoint if checkpoint in (None, False) else str(checkpoint)   # into the record of a run
     return encoder
+
+# %% ../nbs/11_backbone.ipynb #c1e00002
+def class_embeddings(
+    encoder, # with a text tower
+    names, # C names
+    templates: list[str] # captions, {} for the name
+) -> Tensor: # (C, E), not normalised
+    "A class in the space of captions: its captions' mean."
+    if encoder.tokenizer is None: raise ValueError(f"{encoder.name} has no text tower: zero-shot needs one")
+    return torch.stack([encoder.text([t.format(name) for t in templates]).mean(0) for name in names])

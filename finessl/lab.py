@@ -4,22 +4,23 @@
 
 # %% auto #0
 __all__ = ['CachedView', 'extract_features', 'cache_views', 'CachedDigits', 'Lab', 'train_heads', 'LabRun', 'lab_run',
-           'reference_run', 'logistic_probe', 'linear_probe', 'raw_probe', 'class_embeddings', 'zero_shot_logits',
-           'zero_shot']
+           'reference_run', 'logistic_probe', 'linear_probe', 'raw_probe', 'zero_shot_logits', 'zero_shot']
 
 # %% ../nbs/02_lab.ipynb #d4e056d9
-import json, math, torch
+import hashlib, json, math, torch
 from importlib import resources
 from typing import NamedTuple
 import numpy as np
 import torch.nn.functional as F
 from torch import Tensor, nn
-from .backbone import load_backbone
+from .backbone import class_embeddings, load_backbone
 from .data import Dataset, digits, generator, load_digit_images
 from .engine.batches import VIEW_STRONG, VIEW_WEAK, compute_logits, make_batch
 from .engine.environment import environment
 from .engine.errors import NonFiniteLoss
 from .engine.evaluation import evaluate, finalize_log
+from .engine.feature_table import FeatureTable, cache_folder, numbered_rows
+from .engine.features import table_code
 from .engine.metrics import MetricAccumulator, classification_metrics
 from .engine.plots import COLOURS, colour, plot_over_steps # each method has one colour throughout
 from .engine.progress import Timer
@@ -56,14 +57,19 @@ def extract_features(
     n_views: int = 1, # V ≥ 1
     seed: int = 0, # of the draws
     stream: int = 0, # of the draws
-    batch: int = 512 # images at a time
+    batch: int = 512, # images at a time
+    folder=None # of kept features, see `cache_folder`; None: nothing is kept
 ) -> Tensor: # (V, N, D) float32
     "Features of `n_views` independent draws of a view of every image."
     if n_views < 1: raise ValueError(f"n_views must be >= 1, got {n_views}")
-    def one(params):
-        cuts = [slice(i, i + batch) for i in range(0, len(x), batch)]
+    cuts = [slice(i, i + batch) for i in range(0, len(x), batch)]
+    def one(v):
+        params = view.sample_params(len(x), generator(seed, v, stream))
         return torch.cat([encoder(view(x[c], {k: p[c] for k, p in params.items()})) for c in cuts])
-    return torch.stack([one(view.sample_params(len(x), generator(seed, v, stream))) for v in range(n_views)])
+    if folder is None: return torch.stack([one(v) for v in range(n_views)])
+    code = table_code(encoder, [view], hashlib.sha256(x.numpy()).hexdigest(), seed, stream, batch)
+    table = FeatureTable(code, len(x) * encoder.width, folder) # a row is a view of all images
+    return numbered_rows(table, n_views, lambda v: one(v).flatten()).view(n_views, len(x), -1)
 
 # %% ../nbs/02_lab.ipynb #e868f156
 def cache_views(
@@ -71,12 +77,13 @@ def cache_views(
     x: Tensor, # uint8 (N, 3, H, W)
     views: Views, # to draw from
     n_weak: int, n_strong: int, # stored views per image
-    seed: int = 0 # of the draws
+    seed: int = 0, # of the draws
+    folder=None # of kept features, see `cache_folder`; None: nothing is kept
 ) -> Views: # of numbers in [0, N)
     "Tables of features in the place of views."
-    return views._replace(weak=CachedView(extract_features(encoder, x, views.weak, n_weak, seed, VIEW_WEAK)),
-                          strong=CachedView(extract_features(encoder, x, views.strong, n_strong, seed, VIEW_STRONG)),
-                          eval_view=CachedView(extract_features(encoder, x, views.eval_view)))
+    table = lambda view, n, stream: CachedView(extract_features(encoder, x, view, n, seed, stream, folder=folder))
+    return views._replace(weak=table(views.weak, n_weak, VIEW_WEAK), strong=table(views.strong, n_strong, VIEW_STRONG),
+                          eval_view=CachedView(extract_features(encoder, x, views.eval_view, folder=folder)))
 
 # %% ../nbs/02_lab.ipynb #1f2a2b0c
 class CachedDigits:
@@ -88,11 +95,11 @@ class CachedDigits:
         n_strong: int = 8, # stored strong views per image
         seed: int = 0 # of the stored views
     ):
-        self.encoder = load_backbone(encoder) if isinstance(encoder, str) else encoder
+        self.encoder = encoder = load_backbone(encoder) if isinstance(encoder, str) else encoder
         whole = digits(None, 0)
         self.x = torch.cat([whole.x_ulb, whole.x_test])                    # (1797, 3, 32, 32): number -> image
         self.index = {image.numpy().tobytes(): i for i, image in enumerate(self.x)}
-        self.views = cache_views(self.encoder, self.x, default_views(whole, self.encoder), n_weak, n_strong, seed)
+        self.views = cache_views(encoder, self.x, default_views(whole, encoder), n_weak, n_strong, seed, cache_folder())
         self.feat, self.splits = self.views.eval_view.feat[0], {}          # (1797, D), of plain views
         self.settings = {"backbone": self.encoder.name, "backbone_hash": self.encoder.hash,
                          "peft": "linear", "n_prompts": 0,
@@ -267,15 +274,6 @@ def raw_probe(lab: Lab, n_per_class: int, seed: int, known: int|None = None) -> 
     return _probe_run(x, lab.split(n_per_class, seed, known), "raw pixels")
 
 # %% ../nbs/02_lab.ipynb #f06aa1f7
-def class_embeddings(
-    encoder, # with a text tower
-    names, # C names
-    templates: list[str] # captions, {} for the name
-) -> Tensor: # (C, E), not normalised
-    "A class in the space of captions: its captions' mean."
-    if encoder.tokenizer is None: raise ValueError(f"{encoder.name} has no text tower: zero-shot needs one")
-    return torch.stack([encoder.text([t.format(name) for t in templates]).mean(0) for name in names])
-
 def zero_shot_logits(
     feat: Tensor, # (N, E) float, features of images in the space of captions
     text: Tensor, # (C, E) float, from `class_embeddings`

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RECORDED', 'Settings', 'Runtime', 'read_keywords', 'Setup', 'prepare', 'build_optimizer', 'build_state', 'train_step',
-           'run_evaluation', 'batches', 'train', 'runtime_of', 'save_progress', 'finish', 'fit']
+           'run_evaluation', 'batches', 'train', 'start_from_heads', 'finish', 'fit']
 
 # %% ../nbs/13_training.ipynb #ae40c2b8
 import contextlib, functools, math, torch
@@ -12,15 +12,15 @@ from dataclasses import asdict, dataclass, fields, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import NamedTuple
-from torch import Tensor
 from .data import Dataset
 from .engine.accumulate import accumulated_backward
 from .engine.batches import compute_logits, make_batch
-from .engine.checkpoint import TrainState, resume_from, runtime_info, save_checkpoint, saved_setting
+from .engine.checkpoint import TrainState, resume_from, runtime_of, save_progress, saved_setting
 from .engine.environment import environment
 from .engine.evaluation import evaluate, finalize_log, predict_logits
+from .engine.features import on_features, on_images
 from .engine.fingerprint import image_codes, may_change
-from .engine.images import exclude_files, unreadable_files
+from .engine.images import exclude_files
 from .engine.inputs import as_encoder
 from .engine.metrics import MetricAccumulator, NonFiniteGuard
 from .engine.moved import RENAMED, moved_names
@@ -52,11 +52,12 @@ class Settings:
     peft: str = "vpt" # "vpt": prompts in every layer; "linear": heads on frozen features; others: see engine.adapters
     n_prompts: int|None = None # per layer; None: as many for its tokens as the paper's 50 for ViT-B/16's 197
     prompt_init: str = "random" # "random" as in the paper, or "tokens" of the labelled images
-    head_init: str|None = None # "random" as in the paper, or class "means" of the labelled images' features;
-    # None: as the algorithm says, "random" where it says nothing
+    head_init: str|None = None # "random" as in the paper; class "means" of labelled images' features; "trained" on
+    # frozen features beforehand; None: as the algorithm says, "random" where it says nothing
     labelled: str = "all" # "release": drop labelled images as the released loader does
     precision: str|None = None # "float32" or "bf16"; None: bf16 on a GPU that has it; a resume keeps its own
     evals: int = 10 # evaluations, evenly spaced, the last at the end; none is ever selected
+    stored_views: tuple[int, int]|None = None # weak, strong: features kept on the disk, for "linear"; None: new views
     views: Views|None = None # None: the digits' recipe for digits, the paper's for anything else
 
 # %% ../nbs/13_training.ipynb #57c968da
@@ -131,6 +132,7 @@ def prepare(
                       prefetch_depth=default_prefetch_depth(dataset, device) if depth is None else depth)
     recorded = build_settings(dataset, encoder, algorithm, settings.views, settings.schedule,
                               **{name: getattr(settings, name) for name in RECORDED})
+    if settings.stored_views is not None: recorded["stored_views"] = list(settings.stored_views)
     if not may_change(dataset): recorded["images"] = image_codes(dataset)
     group.assert_same(recorded, "settings")
     setup = Setup(dataset, encoder, algorithm, settings, runtime, group, recorded)
@@ -156,6 +158,7 @@ def build_state(
         if s.head_init == "means":
             feat = predict_logits(model.features, dataset.x_lb, s.views.eval_view, device)
             init_heads_from_means(model, feat.to(device), dataset.y_lb.to(device))
+        if s.head_init == "trained": start_from_heads(setup, model)
     return TrainState(model, build_optimizer(model, s.schedule, s.momentum, s.weight_decay),
                       setup.algorithm.init(len(dataset.x_ulb), len(dataset.classes), device),
                       MetricAccumulator(dataset.y_ulb, device), NonFiniteGuard(device), watch=Watch(dataset))
@@ -166,7 +169,7 @@ def train_step(
     algorithm, lr: float, device, precision: str = "float32",
     compute=compute_logits, # or another form of it, such as one with a compiled encoder
     group: ProcessGroup|None = None, accumulate: int = 1 # processes that share the step; pieces of a process's share
-) -> Tensor: # the loss, on the device
+) -> torch.Tensor: # the loss, on the device
     "One update; nothing is fetched from the device."
     model, optimizer = state.model, state.optimizer
     optimizer.zero_grad(set_to_none=True)
@@ -238,20 +241,16 @@ def train(setup: Setup, state: TrainState, save=None, stop: GracefulStop|None = 
                 group.barrier()
                 raise KeyboardInterrupt(f"stopped after step {state.step} of {schedule.steps}{kept}")
 
-# %% ../nbs/13_training.ipynb #9eba108e
-def runtime_of(setup: Setup) -> dict:
-    "What may change at a resume, and is named then."
-    how = {"processes": setup.group.world_size, "accumulate": setup.runtime.accumulate,
-           "compile": setup.runtime.compile}
-    split = setup.dataset.split
-    if split is not None and may_change(setup.dataset): how["images"] = dict(split.codes)
-    return runtime_info(setup.group.device) | how
-
-def save_progress(setup: Setup, state: TrainState, held, timer: Timer): # held: None in a process that writes nothing
-    "A checkpoint; only the first process writes."
-    timer.lap("seconds")
-    state.log["unreadable"] = setup.group.gather_union(unreadable_files(setup.dataset))
-    if setup.group.is_main: save_checkpoint(held, state, setup.recorded, runtime_of(setup))
+# %% ../nbs/13_training.ipynb #sfh00002
+def start_from_heads(setup: Setup, model):
+    "Both heads of `model` as the same run on frozen features leaves them."
+    how = dict(peft="linear", n_prompts=0, prompt_init="random", stored_views=(4, 8), evals=1)
+    settings = replace(setup.settings, head_init=getattr(setup.algorithm, "head_init", "random"), **how)
+    first = on_features(setup._replace(settings=settings, runtime=replace(setup.runtime, progress=False)))
+    state = build_state(first)
+    train(first, state)
+    model.head.load_state_dict(state.model.head.state_dict())
+    model.aux_head.load_state_dict(state.model.aux_head.state_dict())
 
 # %% ../nbs/13_training.ipynb #49848e89
 @fresh_torch()
@@ -278,17 +277,17 @@ def fit(
     settings, runtime = read_keywords(settings, runtime, keywords)
     folder, group = None if out is None else Path(out).expanduser(), ProcessGroup(runtime.device)
     with fresh_torch(), fail_together(group):
-        setup = prepare(dataset, backbone, algorithm, settings, runtime, group, folder if resume else None)
-        state = build_state(setup)
-        mine, reads = folder if group.is_main else None, [getattr(setup.encoder, "checkpoint", None)]
-        with run_folder(mine, overwrite, resume, runtime.command, reads) as held, stop_on_signal(None, group) as stop:
+        given = prepare(dataset, backbone, algorithm, settings, runtime, group, folder if resume else None)
+        mine, reads = folder if group.is_main else None, [getattr(given.encoder, "checkpoint", None)]
+        with run_folder(mine, overwrite, resume, runtime.command, reads) as held:
+            state = build_state(setup := on_features(given))
             def work():
-                if resume and folder: resume_from(held, state, setup.recorded, runtime_of(setup), group)
-                train(setup, state, folder and functools.partial(save_progress, setup, state, held), stop)
-                run = finish(setup, state)
+                if resume and folder: resume_from(held, state, setup.recorded, runtime_of(given), group)
+                train(setup, state, folder and functools.partial(save_progress, given, state, held), stop)
+                run = on_images(finish(setup, state), given)
                 if held is not None: save_run(run, held)
                 return run
-            run = explained(work, folder)
+            with stop_on_signal(None, group) as stop: run = explained(work, folder)
             group.barrier()
         if stop.requested:
             raise KeyboardInterrupt("stopped after the last step" + ", record and model written" * (folder is not None))

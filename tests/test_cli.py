@@ -107,8 +107,9 @@ def test_help_and_argument_errors_import_no_torch(tmp_path):
 def test_defaults_are_those_of_fit_and_of_the_algorithms():
     args = cli_main.make_parser().parse_args(["train", "--data", "digits", "--out", "r"])
     fit = dataclasses.asdict(training.Settings()) | dataclasses.asdict(training.Runtime())
-    for key in ("peft", "batch", "mu", "seed", "init_seed", "precision", "evals", "device"):
+    for key in ("batch", "mu", "seed", "init_seed", "precision", "evals", "device"):
         assert getattr(args, key) == fit[key], key
+    assert args.peft is None and cli_options.chosen_peft(args) == fit["peft"] # of a folder: as the device says
     assert (args.steps, args.lr) == training.Settings().schedule[:2] and fit["n_prompts"] is None
     for name, options in cli_options.OPTIONS.items():
         kind = type(cli_options.make_algorithm(algorithm_args(name)))

@@ -27,6 +27,7 @@ def test_wheel_holds_weights_and_works_away_from_the_clone(tmp_path):
     wheel, = tmp_path.glob("finessl-*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     assert "finessl/weights/pocket.safetensors" in names and "finessl/weights/pocket.json" in names
+    assert {"finessl/assets/report.css", "finessl/assets/report.js"} <= {*names}
     assert {n.split("/")[0] for n in names} == {"finessl", wheel.name.split("-py3")[0] + ".dist-info"}
     run("-m", "pip", "install", "--quiet", "--no-deps", "--target", str(tmp_path / "site"), str(wheel))
     code = "import finessl, finessl.backbone as b; print(finessl.__file__); print(b.load_backbone('pocket').width)"

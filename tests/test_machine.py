@@ -28,12 +28,14 @@ def start(*arguments, **how):
 def wait_for(condition, process, seconds=240):
     deadline = time.monotonic() + seconds
     while not condition():
-        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+        if process.poll() is not None or time.monotonic() > deadline:
+            process.kill()
+            pytest.fail(f"it never came to that: {process.communicate()}")
         time.sleep(.02)
 
 
 @posix
-@pytest.mark.parametrize("name", ["SIGHUP", "SIGXCPU"])
+@pytest.mark.parametrize("name", [pytest.param("SIGHUP", marks=pytest.mark.slow), "SIGXCPU"])
 def test_a_signal_leaves_a_checkpoint_and_says_how_to_go_on(name, tmp_path):
     number = getattr(signal, name)
     out = tmp_path / "run"
@@ -42,7 +44,8 @@ def test_a_signal_leaves_a_checkpoint_and_says_how_to_go_on(name, tmp_path):
     wait_for((out / "checkpoint.pt").exists, p)
     p.send_signal(number)
     if name == "SIGXCPU": p.send_signal(number) # the kernel sends it once a second
-    said = p.communicate(timeout=120)[1]
+    try: said = p.communicate(timeout=120)[1]
+    finally: p.kill()
     assert p.returncode == 130 and "checkpoint written; go on with:" in said and "--resume" in said, said
     assert "scontrol requeue 4711" in said
     assert not (out / ".lock").exists() and (out / "checkpoint.pt").exists()
@@ -102,8 +105,8 @@ def test_checkpoints_come_by_minutes(tmp_path, monkeypatch):
 
 
 @posix
-@pytest.mark.parametrize("log", ["closed", "gone", pytest.param("full", marks=pytest.mark.slow),
-                                 pytest.param("narrow", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("log", ["closed", *(pytest.param(log, marks=pytest.mark.slow)
+                                             for log in ("gone", "full", "narrow"))])
 def test_a_log_that_nobody_takes_ends_no_run(log, tmp_path):
     out = tmp_path / "run"
     asked = ["-m", "finessl", *TRAIN, "--steps", "4", "--evals", "4", "--out", str(out)]

@@ -77,10 +77,11 @@ def add_suggest(commands, common):
 # %% ../../nbs/cli/labels.ipynb #c1ab0009
 READ_SIZE = 256 # px, as folders of differing images are read
 
-def load_describer(args): # -> images -> (N, D) features; features -> (N, C) logits or None; side that files are read at
-    "An encoder, with a trained head where there is one."
+def load_describer(args): # -> ImageFiles -> (N, D) features; features -> (N, C) logits or None; side of the images, px
+    "An encoder, with a trained head where there is one; what a frozen one says is kept."
     from finessl.backbone import load_backbone
     from finessl.engine.evaluation import predict_logits
+    from finessl.engine.features import cache_folder, stored_features
     from finessl.engine.precision import default_device
     from finessl.engine.runs import load_run
     from finessl.views import View
@@ -88,20 +89,23 @@ def load_describer(args): # -> images -> (N, D) features; features -> (N, C) log
     if args.trained:
         run = load_run(args.trained, args.checkpoint, device)
         encoder, view, head, size = run.model.features, run.eval_view, run.model.head.cpu(), run.record["read_size"]
+        if run.record["peft"] != "linear": return lambda x: predict_logits(encoder, x, view, device), head, size
+        encoder = encoder.encoder
     else:
         encoder, head, size = load_backbone(args.backbone, args.checkpoint, args.image_size).to(device), None, READ_SIZE
         view = View(encoder.image_size, encoder.mean, encoder.std)
-    return lambda x: predict_logits(encoder, x, view, device), head, size
+    def features(x):
+        rows, at = stored_features(encoder, x, view, cache_folder())
+        return rows[at.clamp(min=0)]                           # of those that cannot be read, anything
+    return features, head, size
 
 def describe_images(args, files): # -> files that can be read, (N, D) their features, (N, C) probabilities or None
     "What an encoder, and a trained model where there is one, say of images."
     import torch
-    from tqdm import tqdm
     from finessl.engine.images import ImageFiles, SkippedFiles
     (features, head, size), broken = load_describer(args), SkippedFiles(args.folder)
     with torch.no_grad():
-        feat = torch.cat([features(ImageFiles(files[i:i + 128], size, broken))
-                          for i in tqdm(range(0, len(files), 128), "128 images", disable=None, leave=False)])
+        feat = features(ImageFiles(files, size, broken))
         keep = [i for i, file in enumerate(files) if broken.name(file) not in broken]
         if broken: print(f"finessl: left out as unreadable: {len(broken)} of {len(files)} files", file=sys.stderr)
         return [files[i] for i in keep], feat[keep], None if head is None else head(feat[keep]).softmax(1)

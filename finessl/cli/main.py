@@ -14,6 +14,7 @@ from .export import add_export
 from .labels import add_suggest
 from .options import Parser, env_rank, prog_name
 from .predict import add_predict
+from .report import add_report
 from .train import add_train
 from ..engine.errors import PeerFailed, TrainingError, UnreadableError, printable
 from ..engine.signals import STOP_SIGNALS, requeue_hint
@@ -35,7 +36,7 @@ def make_parser() -> Parser:
     parser = Parser(prog=prog_name(), description=MAIN)
     parser.add_argument("--version", action="version", version=f"finessl {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=Parser)
-    for add in (add_demo, add_suggest, add_train, add_predict, add_export, add_bench): add(commands, common)
+    for add in (add_demo, add_suggest, add_train, add_predict, add_export, add_report, add_bench): add(commands, common)
     return parser
 
 # %% ../../nbs/cli/main.ipynb #bc556c59

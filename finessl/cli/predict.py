@@ -13,7 +13,7 @@ from types import SimpleNamespace
 from .confidence import add_confidence, check_confidence, make_judge, read_held_out
 from .options import path_type, ranged_type, resolve_device
 from ..engine.downloads import require_files
-from ..engine.errors import UsageError, printable
+from ..engine.errors import UsageError, escape_formula, printable
 from ..engine.storage import RUN_FILES, check_target, refuse_inputs, write_atomic
 
 # %% ../../nbs/cli/predict.ipynb #86dfb7c4
@@ -87,18 +87,15 @@ def csv_line(cells: list) -> str:
     csv.writer(line, lineterminator="\r\n").writerow(cells)
     return line.getvalue().removesuffix("\r\n") + "\n"
 
-def _no_formula(text: str, before: str) -> str: # before: what stands before a name that a spreadsheet would compute
-    return before + text if text[:1] in tuple("=+-@\t\r") else text
-
 def write_predictions(stream, files, p, classes, unsure=None, inside=None):
     "CSV: file, class, confidence, maybe a set, a column per class; no name is a formula (`./=1.png` is the same file)."
     # files: N paths; p: (N, C) probabilities; unsure: (N,) bool; inside: (N, C) bool, the classes of the set
-    names, heads = [_no_formula(str(c), "'") for c in classes], TABLE.split(",") + ["set"] * (inside is not None)
+    names, heads = [escape_formula(str(c), "'") for c in classes], TABLE.split(",") + ["set"] * (inside is not None)
     stream.write(csv_line([*heads, *(f"class {name}" if name in heads else name for name in names)]))
     for i, (file, row) in enumerate(zip(files, p.tolist())):
         best = max(range(len(row)), key=row.__getitem__)
-        path, name = _no_formula(str(file), "./"), "unsure" if unsure is not None and unsure[i] else names[best]
-        more = [] if inside is None else [_no_formula("|".join(str(c) for c, k in zip(classes, inside[i]) if k), "'")]
+        path, name = escape_formula(str(file), "./"), "unsure" if unsure is not None and unsure[i] else names[best]
+        more = [] if inside is None else [escape_formula("|".join(c for c, k in zip(classes, inside[i]) if k), "'")]
         stream.write(csv_line([path, name, f"{row[best]:.6f}", *more, *(f"{v:.6f}" for v in row)]))
 
 # %% ../../nbs/cli/predict.ipynb #c5b2e2f2

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['CHECKPOINT', 'DIGEST', 'PREVIOUS', 'FORMAT', 'empty_log', 'TrainState', 'save_checkpoint', 'runtime_info',
-           'load_verified', 'latest_checkpoint', 'saved_setting', 'comparable', 'checked', 'read_checkpoint', 'restore',
-           'resume_from']
+           'runtime_of', 'save_progress', 'load_verified', 'latest_checkpoint', 'saved_setting', 'comparable',
+           'checked', 'read_checkpoint', 'restore', 'resume_from']
 
 # %% ../../nbs/engine/checkpoint.ipynb #d769a155
 import contextlib, hashlib, io, json, sys
@@ -17,6 +17,8 @@ from tqdm import tqdm
 from .diff import diff_settings, mismatch_error
 from .environment import environment
 from .errors import TornCheckpoint, TrainingError
+from .fingerprint import may_change
+from .images import unreadable_files
 from .metrics import MetricAccumulator, NonFiniteGuard
 from .processes import ProcessGroup
 from .storage import LockedFolder
@@ -70,6 +72,21 @@ def save_checkpoint(
 def runtime_info(device) -> dict:
     "What must be equal for a resume to be exact to the bit: device, threads, versions."
     return {k: v for k, v in environment(device).items() if k in ("device", "threads", "versions")}
+
+# %% ../../nbs/engine/checkpoint.ipynb #cp900002
+def runtime_of(setup) -> dict:
+    "What may change at a resume, and is named then."
+    how = {"processes": setup.group.world_size, "accumulate": setup.runtime.accumulate,
+           "compile": setup.runtime.compile}
+    split = setup.dataset.split
+    if split is not None and may_change(setup.dataset): how["images"] = dict(split.codes)
+    return runtime_info(setup.group.device) | how
+
+def save_progress(setup, state: TrainState, held, timer): # held: None in a process that writes nothing
+    "A checkpoint; only the first process writes."
+    timer.lap("seconds")
+    state.log["unreadable"] = setup.group.gather_union(unreadable_files(setup.dataset))
+    if setup.group.is_main: save_checkpoint(held, state, setup.recorded, runtime_of(setup))
 
 # %% ../../nbs/engine/checkpoint.ipynb #0e621da8
 def load_verified(file: Path|bytes, device) -> dict|None: # file: or what it holds

@@ -112,8 +112,15 @@ def validate(
     if s.prompt_init not in ("random", "tokens") or s.prompt_init == "tokens" and s.peft != "vpt":
         raise ValueError('prompt_init must be "random", or "tokens" where there are prompts (peft="vpt"), '
                          f'got {s.prompt_init!r} with peft={s.peft!r}')
-    if s.head_init not in (None, "random", "means"):
-        raise ValueError(f'head_init must be "random" or "means", got {s.head_init!r}')
+    if s.stored_views is not None:
+        if s.peft != "linear" or world_size > 1:
+            raise ValueError('stored_views belong to peft="linear" in one process: their features never change; got '
+                             f"peft={s.peft!r} in {world_size}")
+        for name, n in zip(("weak", "strong"), s.stored_views, strict=True):
+            check_int(f"stored_views ({name})", n, 1, 1000)
+    if s.head_init not in (None, "random", "means", "trained") or s.head_init == "trained" and s.peft == "linear":
+        raise ValueError('head_init must be "random", "means", or "trained" where more than heads is trained, '
+                         f'got {s.head_init!r} with peft={s.peft!r}')
     if runtime is not None: check_choice("on_collapse", runtime.on_collapse, ("warn", "stop"))
     check_range("lr", s.schedule.lr, above=True), check_range("momentum", s.momentum, 0, 1)
     check_range("weight_decay", s.weight_decay)

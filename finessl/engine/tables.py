@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from ..data import Dataset, Split, generator, short_hash, split_labels
 from .atomic import say_once
-from .errors import DataError
+from .errors import DataError, unescape_formula
 from .folders import files_to_skip
 from .images import ImageFiles
 from .lists import read_text
@@ -93,7 +93,7 @@ def read_table(
         part = cell(row, "split").casefold()
         if part not in (*TEST, *TRAIN): raise DataError(f"{name}, line {line}: split {part!r} is no train or test")
         if not cell(row, "file"): raise DataError(f"{name}, line {line}: no file is named")
-        out.append(Row(line, cell(row, "file"), cell(row, "label"), part in TEST))
+        out.append(Row(line, cell(row, "file"), unescape_formula(cell(row, "label")), part in TEST))
     return out
 
 # %% ../../nbs/engine/tables.ipynb #7ab0000c
