@@ -33,7 +33,8 @@ setup(
     packages=find_packages(include=["finessl", "finessl.*"]),
     package_data={"finessl": ["weights/*", "assets/*"]},
     install_requires=cfg["requirements"].split(),
-    extras_require={"dev": cfg["dev_requirements"].split()},
+    extras_require={"dev": f'{cfg["dev_requirements"]} {cfg["export_requirements"]}'.split(),
+                    "export": cfg["export_requirements"].split()},
     entry_points={
         "console_scripts": cfg["console_scripts"].split(),
         "nbdev": [f"{cfg['lib_name']}={cfg['lib_name']}._modidx:d"],

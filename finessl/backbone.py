@@ -147,7 +147,7 @@ def trunk_tokens(
         raise ValueError(f"{name} takes images (B, 3, {s}, {s}), got {tuple(x.shape)}")
     if not x.is_floating_point(): raise ValueError(f"images must be normalised floats, got {x.dtype}")
     if is_timm(trunk): return trunk.norm_pre(trunk._pos_embed(trunk.patch_embed(x)))
-    h = torch.cat([trunk.class_embedding.expand(len(x), 1, -1), trunk.conv1(x).flatten(2).transpose(1, 2)], 1)
+    h = torch.cat([trunk.class_embedding.expand(x.shape[0], 1, -1), trunk.conv1(x).flatten(2).transpose(1, 2)], 1)
     return trunk.ln_pre(h + trunk.positional_embedding)
 
 # %% ../nbs/11_backbone.ipynb #7194be4e

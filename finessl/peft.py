@@ -49,7 +49,7 @@ class ReferenceVPT(nn.Module):
         h = self.encoder.tokens(x)
         n = h.shape[1]
         for i, block in enumerate(self.encoder.blocks):
-            if i < len(self.prompts): h = torch.cat([h[:, :n], self.prompts[i].expand(len(h), -1, -1)], 1)
+            if i < len(self.prompts): h = torch.cat([h[:, :n], self.prompts[i].expand(h.shape[0], -1, -1)], 1)
             h = block.module(h)
         return self.encoder.norm(h[:, 0])
 
@@ -63,7 +63,7 @@ def add_prompts(
     "Keys and values with those of the prompts behind them, computed once for the batch."
     if not len(prompts): return k, v
     pk, pv = block.key_value(block.norm1(prompts[None]))
-    return torch.cat([k, pk.expand(len(k), -1, -1, -1)], 2), torch.cat([v, pv.expand(len(v), -1, -1, -1)], 2)
+    return torch.cat([k, pk.expand(k.shape[0], -1, -1, -1)], 2), torch.cat([v, pv.expand(v.shape[0], -1, -1, -1)], 2)
 
 # %% ../nbs/12_peft.ipynb #418c3b8d
 class VPT(ReferenceVPT):
@@ -73,7 +73,7 @@ class VPT(ReferenceVPT):
     ) -> Tensor: # (B, D) feature
         h, prompts, (*blocks, last) = self.encoder.tokens(x), self.prompts, self.encoder.blocks
         if not self.deep: # carried on: they are tokens like all others
-            h = torch.cat([h, prompts[0].expand(len(h), -1, -1)], 1)
+            h = torch.cat([h, prompts[0].expand(h.shape[0], -1, -1)], 1)
             prompts = prompts[:, :0].expand(len(blocks) + 1, -1, -1)
         for block, p in zip(blocks, prompts):
             q, k, v = block.qkv(block.norm1(h))

@@ -10,6 +10,7 @@ __all__ = ['MAIN', 'AT_ONCE', 'make_parser', 'main', 'format_message', 'print_er
 import argparse, contextlib, os, shlex, signal, sys
 from .bench import add_bench
 from .demo import add_demo
+from .export import add_export
 from .labels import add_suggest
 from .options import Parser, env_rank, prog_name
 from .predict import add_predict
@@ -35,7 +36,7 @@ def make_parser() -> Parser:
     parser = Parser(prog=prog_name(), description=MAIN)
     parser.add_argument("--version", action="version", version=f"finessl {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=Parser)
-    for add in (add_demo, add_suggest, add_train, add_predict, add_report, add_bench): add(commands, common)
+    for add in (add_demo, add_suggest, add_train, add_predict, add_export, add_report, add_bench): add(commands, common)
     return parser
 
 # %% ../../nbs/cli/main.ipynb #bc556c59

@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['PREDICT', 'TABLE', 'add_predict', 'image_files', 'read_images', 'csv_line', 'write_predictions', 'check_run_encoder',
-           'check_table', 'save_table', 'predict_command']
+           'check_table', 'save_table', 'classify_files', 'predict_command']
 
 # %% ../../nbs/cli/predict.ipynb #1180a5ab
 import csv, io, json, sys
 from pathlib import Path
 from types import SimpleNamespace
+from .confidence import add_confidence, check_confidence, make_judge, read_held_out
 from .options import path_type, ranged_type, resolve_device
 from ..engine.downloads import require_files
 from ..engine.errors import UsageError, escape_formula, printable
@@ -21,7 +22,8 @@ and a column per class.
 
 examples:
   finessl predict --run runs/photos new/ --out new.csv
-  finessl predict --run runs/photos a.jpg b.png"""
+  finessl predict --run runs/photos a.jpg b.png
+  finessl predict --run runs/photos new/ --unsure-below auto --held-out photos/test"""
 
 def add_predict(commands, common):
     "The options of `finessl predict`."
@@ -44,6 +46,7 @@ def add_predict(commands, common):
                    help="largest image that is read (default: FINESSL_MAX_MEGAPIXELS of the environment, else 179)")
     p.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: FINESSL_DEVICE of the environment, "
                                     "else the first of cuda, mps, cpu that is there)")
+    add_confidence(p)
 
 def image_files(paths) -> list[Path]:
     "The files among `paths`, and the image files in the folders among them, sorted folder by folder."
@@ -84,14 +87,16 @@ def csv_line(cells: list) -> str:
     csv.writer(line, lineterminator="\r\n").writerow(cells)
     return line.getvalue().removesuffix("\r\n") + "\n"
 
-def write_predictions(stream, files, p, classes): # files: N paths; p: (N, C) probabilities
-    "CSV: file, class, confidence, a column per class; no name is a formula (`./=1.png` is the same file)."
-    names, heads = [escape_formula(str(c), "'") for c in classes], TABLE.split(",")
+def write_predictions(stream, files, p, classes, unsure=None, inside=None):
+    "CSV: file, class, confidence, maybe a set, a column per class; no name is a formula (`./=1.png` is the same file)."
+    # files: N paths; p: (N, C) probabilities; unsure: (N,) bool; inside: (N, C) bool, the classes of the set
+    names, heads = [escape_formula(str(c), "'") for c in classes], TABLE.split(",") + ["set"] * (inside is not None)
     stream.write(csv_line([*heads, *(f"class {name}" if name in heads else name for name in names)]))
-    for file, row in zip(files, p.tolist()):
+    for i, (file, row) in enumerate(zip(files, p.tolist())):
         best = max(range(len(row)), key=row.__getitem__)
-        path = escape_formula(str(file), "./")
-        stream.write(csv_line([path, names[best], *(f"{v:.6f}" for v in (row[best], *row))]))
+        path, name = escape_formula(str(file), "./"), "unsure" if unsure is not None and unsure[i] else names[best]
+        more = [] if inside is None else [escape_formula("|".join(c for c, k in zip(classes, inside[i]) if k), "'")]
+        stream.write(csv_line([path, name, f"{row[best]:.6f}", *more, *(f"{v:.6f}" for v in row)]))
 
 # %% ../../nbs/cli/predict.ipynb #c5b2e2f2
 def check_run_encoder(args):
@@ -112,36 +117,45 @@ def check_table(args, files): # files: to be classified
     encoder = args.checkpoint or record.get("checkpoint")      # False: its weights are random
     refuse_inputs(args.out, [*files, *(args.folder / name for name in RUN_FILES), encoder])
 
-def save_table(args, files, p, classes): # files: N paths; p: (N, C) probabilities
+def save_table(args, files, classes, judged): # files: N paths; judged: see Judge
     "Write the table to `--out`, or print it; what cannot be encoded there is written as an escape."
     if args.out is None:
         code = sys.stdout.encoding or "utf-8"
         shown = (lambda text: printable(text[:-1]) + "\n") if sys.stdout.isatty() else str # text: a line
         plain = lambda text: sys.stdout.write(shown(text).encode(code, "backslashreplace").decode(code))
-        return write_predictions(SimpleNamespace(write=plain), files, p, classes)
+        return write_predictions(SimpleNamespace(write=plain), files, judged[0], classes, *judged[1:])
     def write(path):
         with open(path, "w", newline="", encoding="utf-8", errors="backslashreplace") as stream:
-            write_predictions(stream, files, p, classes)
+            write_predictions(stream, files, judged[0], classes, *judged[1:])
     write_atomic(args.out, write, overwrite=args.overwrite or TABLE.encode())
+
+def classify_files(run, files, args, keep_going: bool = True): # -> (N, C) probabilities, files read, others' errors
+    "Probabilities of image files; unless it keeps going, the first that cannot be read is an error."
+    import torch
+    parts, read, errors = [torch.zeros(0, len(run.classes))], [], []
+    for i in range(0, len(files), 256):
+        x, some, broken = read_images(files[i:i + 256], run.record["read_size"], args.max_megapixels)
+        read, errors = read + some, errors + broken
+        if broken and not keep_going: raise broken[0]
+        if some: parts.append(run.predict(x))
+    return torch.cat(parts), read, errors
 
 def predict_command(args):
     "finessl predict"
+    check_confidence(args)
     if args.out: check_target(args.out, args.overwrite or TABLE.encode())
     for path in args.images:
         if not path.exists(): raise UsageError(f"{path}: path does not exist")
     if not (args.folder / "record.json").exists():
         raise UsageError(f"--run {args.folder} holds no finished run: record.json is missing")
     check_run_encoder(args)
-    import torch
     from finessl.engine.runs import load_run
     run, files = load_run(args.folder, args.checkpoint, resolve_device(args.device)), image_files(args.images)
-    if args.out: check_table(args, files)
-    parts, read, errors = [], [], []
-    for i in range(0, len(files), 256):
-        x, some, broken = read_images(files[i:i + 256], run.record["read_size"], args.max_megapixels)
-        read, errors = read + some, errors + broken
-        if some: parts.append(run.predict(x))
-    if read: save_table(args, read, torch.cat(parts), run.classes)
+    held = read_held_out(args.held_out)
+    if args.out: check_table(args, [*files, *(file for file, _ in held), args.held_out])
+    judge = make_judge(args, run.classes, held, lambda some: classify_files(run, some, args, args.skip_unreadable)[:2])
+    p, read, errors = classify_files(run, files, args)
+    if read: save_table(args, read, run.classes, judge(p))
     if errors and not args.skip_unreadable: raise errors[0]    # when what could be read is written
     if not read: raise UsageError(f"none of the {len(files)} files can be read")
     if errors: print(f"finessl: left out as unreadable: {len(errors)} of {len(files)} files", file=sys.stderr)
