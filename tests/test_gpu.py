@@ -13,7 +13,7 @@ from finessl.bench.measure import compilations, step_flops
 from finessl.bench.runner import BenchConfig, BenchmarkRunner
 from finessl.cli.main import main
 from finessl.data import check_dataset, digits
-from finessl.engine import evaluation
+from finessl.engine import checkpoint, evaluation
 from finessl.engine import downloads, named, precision, processes
 from finessl.engine import prefetch as prefetching
 from finessl.engine.batches import compute_logits, make_batch
@@ -234,7 +234,8 @@ def watched_fit(monkeypatch, dataset, algorithm, **settings):
             calls[name] = calls.get(name, 0) + 1
             with device.strictly(False): return f(*a, **k)
         monkeypatch.setattr(owner, name, waiting)
-    for name in ("evaluate", "save_checkpoint", "finalize_log"): may_wait(training, name)
+    for name in ("evaluate", "finalize_log"): may_wait(training, name)
+    may_wait(checkpoint, "save_checkpoint")
     may_wait(NonFiniteGuard, "check")
     may_wait(MetricAccumulator, "read")
     in_one_thread = lambda make, steps, depth=0, device=None: (make(t) for t in steps) # the pretence is one thread's

@@ -8,6 +8,7 @@ from finessl.algorithms import FineSSL
 from finessl.backbone import load_backbone
 from finessl.cli.options import path_type, source_type
 from finessl.data import digits
+from finessl.engine import checkpoint
 from finessl.engine.environment import environment
 from finessl.engine.runs import load_run
 from finessl.engine.signals import STOP_SIGNALS
@@ -92,9 +93,9 @@ def test_what_a_parent_has_set_to_ignored_stays_ignored(number, tmp_path, signal
 
 def test_checkpoints_come_by_minutes(tmp_path, monkeypatch):
     kept = []
-    save = training.save_checkpoint
+    save = checkpoint.save_checkpoint
     def noted(held, state, *rest): kept.append(state.step), save(held, state, *rest)
-    monkeypatch.setattr(training, "save_checkpoint", noted)
+    monkeypatch.setattr(checkpoint, "save_checkpoint", noted)
     how = dict(steps=6, batch=4, evals=1, progress=False)
     fit(DATA, "pocket", FineSSL(), out=tmp_path / "a", checkpoint_minutes=1e-9, **how)
     assert kept == [1, 2, 3, 4, 5]

@@ -148,8 +148,8 @@ CASES = {"FineSSL": {}, "FineSSL, paper's form": dict(algorithm=FineSSL(form="pa
          "labelled images dropped": dict(labelled="release"), "per epoch": dict(schedule=Schedule(12, decay="epoch"))}
 
 
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("after", [1, 7, 11])
+@pytest.mark.parametrize("case, after", [
+    pytest.param(c, n, marks=[pytest.mark.slow] * (c == "bf16" and n != 7)) for c in CASES for n in (1, 7, 11)])
 def test_a_resume_is_exact(encoder, tmp_path, case, after):
     run(encoder, out=tmp_path / "whole", **CASES[case])
     interrupted(encoder, tmp_path / "run", after, **CASES[case])

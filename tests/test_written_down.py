@@ -107,7 +107,7 @@ def test_names_that_are_not_utf8(tmp_path, monkeypatch, capsysbinary):
 def test_a_table_is_printed_in_any_encoding(tmp_path, monkeypatch, encoding):
     stream = io.TextIOWrapper(io.BytesIO(), encoding=encoding, newline="\n")
     monkeypatch.setattr(sys, "stdout", stream)
-    save_table(SimpleNamespace(out=None), ["猫.png", "a.png"], torch.eye(2), ("kočka", "pes"))
+    save_table(SimpleNamespace(out=None), ["猫.png", "a.png"], ("kočka", "pes"), [torch.eye(2)])
     stream.flush()
     lines = stream.buffer.getvalue().decode(encoding).splitlines()
     assert len(lines) == 3 and lines[2] == "a.png,pes,1.000000,0.000000,1.000000"
@@ -229,3 +229,14 @@ def test_weights_that_are_not_the_records_are_seen(tmp_path, monkeypatch, capsys
     Path("a/record.json").write_text(json.dumps(record))
     load_run("a")
     assert files(tmp_path) == ["a", "b", "x.png"]
+
+
+# ---------------------------------------------------------------- damaged files
+
+def test_what_is_damaged_is_read_or_refused_by_name(tmp_path):
+    "Records, weights and checkpoints; `python tests/fuzz_runs.py --n 20000` tries more."
+    from fuzz_runs import KINDS, Fuzz
+    fuzz, seen = Fuzz(tmp_path), {}
+    for number in range(120): seen.setdefault(KINDS[number % 3], []).append(fuzz.try_one(number))
+    assert None in seen["record"] and "ValueError" in seen["record"]       # an entry that nobody reads does no harm
+    assert "ValueError" in seen["weights"] and "TrainingError" in seen["checkpoint"]
