@@ -188,3 +188,23 @@ def test_prompts_start_from_heads_that_were_trained_first(cache):
     assert torch.equal(state.model.aux_head.scale, heads.model.aux_head.scale)
     with pytest.raises(ValueError, match='"trained" where more than heads is trained'):
         fit(DATA, "pocket", AnchoredFineSSL(), head_init="trained", peft="linear", **long)
+
+
+@pytest.mark.parametrize("wrong", ["full", "gone", "unreadable"])
+def test_a_cache_that_fails_ends_no_run(cache, monkeypatch, capsys, wrong):
+    from finessl.engine import feature_table
+    want = fit(DATA, "pocket", FineSSL(), **SHORT).record["weights_sha256"]
+    append, calls = feature_table.append_rows, []
+    def failing(folder, *what):
+        calls.append(1)
+        if len(calls) == 2: # the first rows are on the disk
+            if wrong == "full": raise OSError(28, "No space left on device")
+            import shutil
+            shutil.rmtree(folder)
+        return append(folder, *what)
+    monkeypatch.setenv("FINESSL_CACHE", str(cache.parent / "other"))
+    monkeypatch.setattr(feature_table, "append_rows", failing)
+    if wrong == "unreadable": monkeypatch.setattr(feature_table.FeatureTable, "load", lambda self: os.stat("nowhere"))
+    run = fit(DATA, "pocket", FineSSL(), **SHORT)
+    assert run.record["weights_sha256"] == want
+    assert "features cannot be kept in" in capsys.readouterr().err

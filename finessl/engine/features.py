@@ -8,7 +8,7 @@ __all__ = ['STORED_VIEWS', 'image_keys', 'code_version', 'table_code', 'draw_vie
            'on_features', 'on_images']
 
 # %% ../../nbs/engine/features.ipynb #fea00004
-import functools, hashlib, sys
+import errno, functools, hashlib, sys
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -86,21 +86,25 @@ def fill_table(
     progress: bool|None = None # None: a bar where somebody looks
 ) -> Tensor: # (N,) int64, places in the table; -1: left out
     "Compute the rows that are not there."
-    at = table.find(keys)
+    at, added, depth = table.find(keys), set(), 2 if isinstance(x, ImageFiles) else 0
     first = {key: i for i, key in reversed(list(enumerate(keys)))} # copies are encoded once
     todo = [i for i in range(len(keys)) if at[i] < 0 and (keys[i] is None or first[keys[i]] == i)]
     def make(k):
         images, some = read_some(x, todo[k:k + batch])
         return {"x": images, "at": torch.tensor(some, dtype=torch.int64)}
-    if not todo: return at
-    with tqdm(total=len(todo), desc=title, unit=" images", disable=None if progress is None else not progress,
-              leave=False, file=sys.stderr) as bar:
-        for made in prefetch(make, range(0, len(todo), batch), 2 if isinstance(x, ImageFiles) else 0):
-            some = [keys[i] for i in made["at"].tolist()]
-            if some: table.add(some, encode(made["x"], some))
-            bar.update(min(batch, len(todo) - bar.n))
-    table.read()
-    return table.find(keys)
+    while todo:
+        if added: table.leave_disk(OSError(errno.EIO, "what was written there is gone"))
+        with tqdm(total=len(todo), desc=title, unit=" images", disable=None if progress is None else not progress,
+                  leave=False, file=sys.stderr) as bar:
+            for made in prefetch(make, range(0, len(todo), batch), depth):
+                some = [keys[i] for i in made["at"].tolist()]
+                if some: table.add(some, encode(made["x"], some))
+                added.update(some)
+                bar.update(min(batch, len(todo) - bar.n))
+        table.read()
+        at = table.find(keys)
+        todo = [i for i in todo if at[i] < 0 and keys[i] in added and table.on_disk]
+    return at
 
 # %% ../../nbs/engine/features.ipynb #fea00021
 def plain_table(encoder, view, folder: Path|None, precision: str = "float32"): # -> table, and what encodes a batch
