@@ -50,6 +50,7 @@ def run_info(setup) -> dict: # setup: of a run before its first step, see the tr
     r, s = setup.runtime, setup.dataset.split
     return as_json({"compile": r.compile, "processes": setup.group.world_size, "accumulate": r.accumulate,
                     "checkpoint": getattr(setup.encoder, "checkpoint", None), "command": r.command,
+                    "labelled_files": list(s.labelled_files) if s else [],
                     "split": None if s is None else {k: getattr(s, k) for k in ("seed", "n_per_class", "hash")}})
 
 def python_numbers(settings): # settings: a dataclass or a NamedTuple of numbers and names
