@@ -133,7 +133,7 @@ class Lab(CachedDigits):
         return done
 
 # %% ../nbs/02_lab.ipynb #502ab409
-@fresh_torch()
+@fresh_torch(threads=1) # so small a step takes longer where several share it
 def train_heads(
     model: TwoHeadModel, # heads on features; trained in place
     dataset: Dataset, views: Views, # of numbers, and tables of their features: see `Lab`
