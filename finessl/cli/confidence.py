@@ -86,7 +86,8 @@ def read_held_out(path, record: dict|None = None) -> list[tuple]: # record: of t
         from finessl.engine.tables import match_files, read_table
         rows = read_table(path)
         rows = [row for row in rows if row.label and (row.test or not any(r.test for r in rows))]
-        pairs = [(file, row.label) for file, row in match_files(rows, [path.parent, *data_folders(record)], str(path)).items()]
+        found = match_files(rows, [path.parent, *data_folders(record)], str(path))
+        pairs = [(file, row.label) for file, row in found.items()]
     if not pairs: raise UsageError(f"--held-out {path} holds no labelled images")
     return not_trained_on(pairs, record, path)
 

@@ -206,6 +206,9 @@ class FinishedEncoder(nn.Module):
         super().__init__()
         for name in ("name", "width", "hash", "image_size"): setattr(self, name, getattr(encoder, name))
         self.checkpoint = getattr(encoder, "checkpoint", None) # `predict` looks for the weights there
+        self.tokenizer, self.source = getattr(encoder, "tokenizer", None), (encoder,) # a tuple: no part of this module
+    proj = property(lambda self: self.source[0].proj, doc="As of `Encoder`.")
+    def text(self, captions): return self.source[0].text(captions)
     def forward(self, x: Tensor) -> Tensor: return x # (B, D)
 
 def on_features(setup): # setup: of a run before its first step, see the training notebook; -> the same on features

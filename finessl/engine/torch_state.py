@@ -29,7 +29,7 @@ class _DefaultType:
 _DEFAULT_TYPE = _DefaultType()                                 # as torch's own: one a process
 
 @contextlib.contextmanager
-def fresh_torch(threads: int|None = None): # a context, or a decorator: @fresh_torch(); threads of an operation, if given
+def fresh_torch(threads: int|None = None): # a context, or a decorator: @fresh_torch(); threads an operation may use
     "Gradients on, float32, CPU, no autocast, whatever the caller has set; afterwards it is as it was."
     with contextlib.ExitStack() as stack:
         if threads and threads != (found := torch.get_num_threads()):
