@@ -11,13 +11,12 @@ from urllib.parse import unquote, urlsplit
 
 root = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(root))
-from finessl.course.exercises import exported_module, read_mark, read_notebook, source_of # noqa: E402
+from finessl.course.exercises import read_mark, read_notebook, source_of # noqa: E402
 
 GIT = "https://github.com/finessl/finessl"
 APPENDICES = {"studies": "Studies", "engine": "Workshop", "cli": "Command line", "course": "Course", "bench": "Speed",
               "pocket": "Pocket encoder", "checks": "Checks"}
 CONF = '''
-import functools, html
 from latex2mathml.converter import convert
 project, author, copyright, html_title = "finessl", "the finessl authors", "2026 onwards, the finessl authors", "finessl"
 extensions = ["myst_nb"]
@@ -42,7 +41,8 @@ math{font-size:1.05em}
 div.cell_output img{max-width:100%;height:auto}
 @media (prefers-color-scheme:dark){body:not([data-theme=light]) div.cell_output img{background:#fff;border-radius:3px}}
 body[data-theme=dark] div.cell_output img{background:#fff;border-radius:3px}
-.table-wrapper td,.table-wrapper th{overflow-wrap:anywhere;min-width:3.5rem}"""
+.table-wrapper td{overflow-wrap:anywhere;min-width:3.5rem}
+.table-wrapper th{overflow-wrap:normal}"""
 
 
 def buttons(name): # of a chapter, "05_margin.ipynb"
@@ -84,7 +84,7 @@ def function_page(node, lines, level="##"):
     defaults = dict(zip([x.arg for x in reversed([*a.posonlyargs, *a.args])], reversed(a.defaults)))
     defaults |= {x.arg: d for x, d in zip(a.kwonlyargs, a.kw_defaults) if d is not None}
     own = ast.unparse(a)
-    out = [f"{level} {node.name}", "", "```python", f"{node.name}({own})" + (f" -> {ast.unparse(node.returns)}" if node.returns
+    out = [f"{level} `{node.name}`", "", "```python", f"{node.name}({own})" + (f" -> {ast.unparse(node.returns)}" if node.returns
            else ""), "```", "", doc, ""]
     rows = []
     for x in args:
@@ -93,7 +93,7 @@ def function_page(node, lines, level="##"):
         rows.append(f"| `{x.arg}` | {default} | {cell_text(comment(lines, x.end_lineno)) if alone else ''} |")
     ends = node.returns.end_lineno if node.returns else node.lineno
     told = comment(lines, ends) if ends < node.body[0].lineno else ""
-    if told: rows.append(f"| *returns* | | {cell_text(told)} |")
+    if told: rows.append(f"| {'*returns*' if node.returns else '*all*'} | | {cell_text(told)} |")
     return out + (["| argument | default | shape, dtype, range |", "|---|---|---|", *rows, ""] if rows else [])
 
 
@@ -107,11 +107,16 @@ def api_page(path): # module -> Markdown, or "" where it defines nothing
     for node in nodes:
         if isinstance(node, ast.FunctionDef): out += function_page(node, lines); continue
         bases = f"({', '.join(map(ast.unparse, node.bases))})" if node.bases else ""
-        out += [f"## {node.name}", "", "```python", f"class {node.name}{bases}", "```", "", ast.get_docstring(node) or "", ""]
+        out += [f"## `{node.name}`", "", "```python", f"class {node.name}{bases}", "```", "", ast.get_docstring(node) or "", ""]
         for method in node.body:
             public = isinstance(method, ast.FunctionDef) and (method.name[0] != "_" or method.name in ("__init__", "__call__"))
             if public: out += function_page(method, lines, "###")
     return "\n".join(out) if nodes else ""
+
+
+def heading(path): # of a notebook
+    "Its title."
+    return next(source_of(c).splitlines()[0][2:] for c in read_notebook(path)["cells"] if source_of(c).startswith("# "))
 
 
 def toctree(caption, names): return ["```{toctree}", ":maxdepth: 1", f":caption: {caption}", "", *names, "```", ""]
@@ -140,6 +145,7 @@ def write_sources(src):
              "![Test accuracy against labels per class](figures/digits.png)", "", *toctree("Overview", ["nbs/index"])]
     for title, paths in pages.items():
         listed = [p.relative_to(root).with_suffix("").as_posix() for p in paths]
+        if title == "Main line": listed = [f"{Path(n).name[:2]} {heading(p)} <{n}>" for n, p in zip(listed, paths)]
         lines += toctree(title if title == "Main line" else f"Appendix: {title}", listed)
     lines += toctree("Moved", [p.relative_to(root).with_suffix("").as_posix() for p in moved]) + toctree("Modules", names)
     (src / "index.md").write_text("\n".join(lines), encoding="utf-8")

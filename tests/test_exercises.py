@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from finessl.algorithms import finessl_loss
 from finessl.course.exercises import code_of, exported_module, find_sources, is_imports, read_mark, read_notebook
 from finessl.course.grade import defined_names
 from finessl.margin import balanced_margin_loss, class_margins
@@ -114,7 +115,67 @@ def weights_numpy(a_ulb_w, gamma=3.):
 def weights_no_grad(a_ulb_w, gamma=3.): return gamma * F.softmax(a_ulb_w, -1).max(-1).values
 
 
+def kept_mean(z, pl, keep, weight): return weight * (F.cross_entropy(z, pl, reduction="none") * keep).mean()
+
+def fixmatch_loop(z_lb, y_lb, z_ulb_w, z_ulb_s, tau=.7, weight=1.):
+    p, total = z_ulb_w.detach().softmax(1), 0 * z_ulb_s.sum()
+    for i, row in enumerate(z_ulb_s):
+        q = p[i % len(p)]
+        if q.max() >= tau: total = total - row.log_softmax(0)[q.argmax()]
+    return F.cross_entropy(z_lb, y_lb) + weight * total / len(z_ulb_s)
+
+def fixmatch_views(z_lb, y_lb, z_ulb_w, z_ulb_s, tau=.7, weight=1.):
+    conf, pl = z_ulb_w.detach().softmax(1).max(1)
+    views = z_ulb_s.reshape(-1, *z_ulb_w.shape)
+    return F.cross_entropy(z_lb, y_lb) + sum(kept_mean(v, pl, conf >= tau, weight) for v in views) / len(views)
+
+def fixmatch_gather(z_lb, y_lb, z_ulb_w, z_ulb_s, tau=.7, weight=1.):
+    with torch.no_grad(): p = torch.exp(z_ulb_w - z_ulb_w.logsumexp(1, keepdim=True))
+    n = len(z_ulb_s) // len(p)
+    lp = z_ulb_s.log_softmax(-1).gather(1, p.argmax(1).repeat(n)[:, None])[:, 0]
+    return F.nll_loss(z_lb.log_softmax(1), y_lb) - weight * torch.where((p.amax(1) >= tau).repeat(n), lp, 0.).mean()
+
+def wrong_fixmatch(logits=lambda w: w.detach().softmax(1), keep=lambda c, tau: c >= tau,
+                   spread=lambda t, n: t.repeat(n), mean=lambda l, m: (l * m).mean()):
+    def wrong(z_lb, y_lb, z_ulb_w, z_ulb_s, tau=.7, weight=1.):
+        p, n = logits(z_ulb_w), len(z_ulb_s) // len(z_ulb_w)
+        mask = keep(p.amax(1), tau)
+        loss = F.cross_entropy(z_ulb_s, spread(p.argmax(1), n), reduction="none")
+        return F.cross_entropy(z_lb, y_lb) + weight * mean(loss, spread(mask, n).float())
+    return wrong
+
+
+def finessl_given(*args): return finessl_loss(*args)[0]
+
+def finessl_loop(z_lb, y_lb, z_w, z_s, a_lb, a_w, a_s, margins, zeta=.7, lam=.5, gamma=3.):
+    C, total, kept = z_lb.shape[1], 0, []
+    bms = lambda z, y: torch.stack([z[k] + (0 if k == y else margins[y]) for k in range(C)]).logsumexp(0) - z[y]
+    for i, (z, a) in enumerate(zip(z_s, a_s)):
+        q, psi = z_w[i % len(z_w)].detach().softmax(0), a_w[i % len(z_w)].detach().softmax(0).max()
+        y, lp = int(q.argmax()), a.log_softmax(0)
+        total = total + gamma * psi * bms(z, y) / len(z_s)
+        if q.max() >= zeta: kept.append(-(1 - lam) * lp[y] - lam / (C - 1) * (lp.sum() - lp[y]))
+    lb = sum(bms(z, int(y)) for z, y in zip(z_lb, y_lb)) / len(y_lb) + F.cross_entropy(a_lb, y_lb)
+    return lb + total + (sum(kept) / len(kept) if kept else 0)
+
+def finessl_views(z_lb, y_lb, z_w, z_s, a_lb, a_w, a_s, margins, zeta=.7, lam=.5, gamma=3., cut=True, aux_mean=None,
+                  psi=lambda z, a: a, on=smooth_targets, spread=lambda t, V: t.repeat(V), plain=True):
+    q, V = (z_w.detach() if cut else z_w).softmax(1), len(z_s) // len(z_w)
+    weights = spread(psi(q, (a_w.detach() if cut else a_w).softmax(1)).amax(1), V)
+    (conf, pl), C = q.max(1), z_lb.shape[1]
+    pl, mask = spread(pl, V), spread(conf >= zeta, V)
+    aux = F.cross_entropy(a_s, on(pl, C, lam), reduction="none")
+    aux = aux_mean(aux, mask) if aux_mean else torch.where(mask, aux, 0.).sum() / max(int(mask.sum()), 1)
+    lb = F.cross_entropy(a_lb, y_lb if plain else smooth_targets(y_lb, C, lam))
+    main = weights * balanced_margin_loss(z_s, pl, margins, "none")
+    return balanced_margin_loss(z_lb, y_lb, margins) + lb + gamma * main.mean() + aux
+
+def wrong_finessl(**change): return lambda *args: finessl_views(*args, **change)
+
+
 RIGHT = {
+    "8.2": [finessl_given, finessl_loop, finessl_views],
+    "3.2": [fixmatch_loop, fixmatch_views, fixmatch_gather],
     "0.1": [lambda z, y: sum(int(r.max() == r[t]) for r, t in zip(z, y)) / len(y),
             lambda z, y: (z.max(1).indices == y).double().mean(),
             lambda z, y: float(np.mean(z.numpy().argsort(1)[:, -1] == y.numpy()))],
@@ -142,6 +203,26 @@ def wrong_aux(logits=lambda f, w: f.detach() @ w.T, targets=smooth_targets, mean
 
 
 WRONG = {
+    "8.2": [wrong_finessl(cut=False),                                         # missing detach
+            wrong_finessl(aux_mean=lambda l, m: (l * m).mean()),              # batch mean for the kept ones'
+            wrong_finessl(aux_mean=lambda l, m: l.mean()),                    # mask forgotten
+            wrong_finessl(psi=lambda z, a: z),                                # the main head's confidence
+            wrong_finessl(psi=lambda z, a: torch.ones_like(a)),               # no weights
+            wrong_finessl(on=lambda y, C, lam: smooth_targets(y, C, lam, "paper")),
+            wrong_finessl(on=lambda y, C, lam: smooth_targets(y, C, 0.)),     # no smoothing
+            wrong_finessl(spread=lambda t, V: t.repeat_interleave(V)),        # image-major
+            wrong_finessl(plain=False),                                       # the paper's labelled loss
+            lambda *args: finessl_views(*args[:7], -args[7], *args[8:]),      # sign of the margin
+            lambda *args: finessl_views(*args[:7], args[7].flip(0), *args[8:])], # another class's margin
+    "3.2": [wrong_fixmatch(mean=lambda l, m: (l * m).sum() / m.sum().clamp(min=1)),      # mean over the kept
+            wrong_fixmatch(logits=lambda w: w.softmax(1), keep=lambda c, tau: c * (c >= tau)), # a weight, with gradient
+            wrong_fixmatch(logits=lambda w: w.detach()),                      # logits for probabilities
+            wrong_fixmatch(spread=lambda t, n: t.repeat_interleave(n)),       # image-major
+            wrong_fixmatch(keep=lambda c, tau: c > tau),                      # τ itself is left out
+            wrong_fixmatch(keep=lambda c, tau: c <= tau),                     # sign
+            wrong_fixmatch(logits=lambda w: w.detach().softmax(0)),           # wrong axis
+            wrong_fixmatch(mean=lambda l, m: l.mean()),                       # no threshold
+            lambda z, y, w, s, tau=.7, weight=1.: weight * fixmatch_views(z, y, w, s, tau, 1.)], # on both losses
     "0.1": [lambda z, y: (z.argmax(1) == y[:, None]).float().mean(),          # broadcasting
             lambda z, y: (z.argmax(1) == y).float().sum(),                    # a count
             lambda z, y: (z.argmin(1) == y).float().mean(),                   # sign
@@ -211,9 +292,12 @@ def test_a_failing_check_says_which_property_for_which_input_with_both_values():
     assert check("5.1", "my_margin = 4.8").endswith("is not right (to within 0.006)")
 
 
-NEAR = {"0.2": (11,), "5.1": (3.6,), "5.4": (1.95, 2.), "6.1": (1.79, 1.8), "6.4": (.75,), "7.1": (1.8,), "7.4": (1.6,)}
-FAR = {"0.2": (7, 8, 10), "5.1": (4.8, 4.5, 2.88), "5.4": (2.67, .92), "6.1": (2.14, .405, 6.), "6.4": (.5, 1., .55),
-       "7.1": (2.08, .6, 3.), "7.4": (3., 1.2, .3)}
+NEAR = {"0.2": (11,), "3.1": (.549, .5493, .55), "3.3": (.5, .503), "5.1": (3.6,),
+        "5.4": (1.95, 2.), "6.1": (1.79, 1.8), "6.4": (.75,), "7.1": (1.8,), "7.4": (1.6,), "8.1": (.48,)}
+FAR = {"0.2": (7, 8, 10), "3.1": (1.0986, .824, .2747), "3.3": (.84, .93, .95),
+       "5.1": (4.8, 4.5, 2.88), "5.4": (2.67, .92), "6.1": (2.14, .405, 6.), "6.4": (.5, 1., .55),
+       "7.1": (2.08, .6, 3.), "7.4": (3., 1.2, .3),
+       "8.1": (.8, .24, .96, .4)}
 
 def test_numbers_as_textbooks_round_them_are_taken_and_wrong_ideas_are_not():
     for number, (_, e) in exercises.items():

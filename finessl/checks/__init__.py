@@ -46,7 +46,7 @@ class raises:
         self.error = error
         return True
 
-# %% ../../nbs/00_start.ipynb #7945b7f3
+# %% ../../nbs/00_start.ipynb #2e68c5da
 def _shown(value) -> str: # of an input or a result, on one line
     "A value as a reader would type it."
     if not isinstance(value, torch.Tensor): return repr(value)
@@ -70,7 +70,7 @@ def expect(
     except (AssertionError, TypeError, ValueError, RuntimeError) as error:
         raise AssertionError(f"{call} gave {_shown(got)}, expected {_shown(expected)} ({error})") from error
 
-# %% ../../nbs/00_start.ipynb #6675a083
+# %% ../../nbs/00_start.ipynb #b4996a16
 def expect_refusal(f, args, why: str) -> None: # an implementation, arguments for it, what is wrong with them
     "Assert that `f(*args)` raises ValueError; the message says which bad input was let through."
     call = f"{why}: f({', '.join(map(_shown, args))})"
@@ -79,7 +79,7 @@ def expect_refusal(f, args, why: str) -> None: # an implementation, arguments fo
     except Exception as error: raise AssertionError(f"{call} raised {type(error).__name__}, not ValueError") from error
     raise AssertionError(f"{call} gave {_shown(got)} instead of raising ValueError")
 
-# %% ../../nbs/00_start.ipynb #0177b30e
+# %% ../../nbs/00_start.ipynb #9904d03d
 def expect_number(
     answer, # a number, or None while there is none
     expected: float, # what it should be
@@ -122,4 +122,6 @@ def __getattr__(name: str): # of a check
         raise AttributeError(f"finessl.checks has no {name!r}; dir(finessl.checks) lists what it has")
     return getattr(importlib.import_module(_rooms()[name]), name)
 
-def __dir__(): return sorted({n for n in globals() if n.startswith(("assert_", "expect", "rais", "reject"))} | {*_rooms()})
+def __dir__():
+    shared = {"assert_close", "expect", "expect_number", "expect_refusal", "raises", "rejects"}
+    return sorted(shared | {*_rooms()})

@@ -7,7 +7,7 @@ __all__ = ['KINDS', 'HEAD', 'CODE', 'TEXT', 'MOST_BYTES', 'Exercise', 'Mark', 's
            'code_of', 'is_imports', 'exported_module', 'starts_exercises', 'read_exercises', 'check_parts',
            'find_sources']
 
-# %% ../../nbs/course/exercises.ipynb #62b5f1f1
+# %% ../../nbs/course/exercises.ipynb #f49facf1
 import ast, json, re
 from pathlib import Path
 from typing import NamedTuple
@@ -34,7 +34,7 @@ class Exercise(NamedTuple):
 
 KINDS = ("by hand", "code", "experiment", "explain")
 
-# %% ../../nbs/course/exercises.ipynb #a08f38f0
+# %% ../../nbs/course/exercises.ipynb #4217029d
 HEAD = re.compile(r"### Exercise (?P<number>\d+\.\d+) · (?P<title>.+)\n"
                   r"\*(?P<kind>[\w ]+) · difficulty (?P<difficulty>[1-5]) of 5 · (?P<minutes>\d+) minutes? · "
                   r"(?P<points>\d+) points?(?: · bonus (?P<bonus>\d+) points?)?\*\n")
@@ -64,7 +64,7 @@ def read_mark(cell: dict) -> Mark|None: # None where the cell belongs to no exer
     if m := TEXT.match(source): return Mark((m[1] or m[2]).lower(), m[3])
     return None
 
-# %% ../../nbs/course/exercises.ipynb #2b377740
+# %% ../../nbs/course/exercises.ipynb #24e3ce82
 MOST_BYTES = 50_000_000 # a notebook with all its pictures has about one
 
 def read_notebook(path: Path) -> dict: # nbformat 4; every cell a dict with a type and a source
@@ -101,7 +101,7 @@ def starts_exercises(cell: dict) -> bool:
     "Whether a cell is the heading from which on the exercises stand."
     return cell["cell_type"] == "markdown" and bool(re.match(r"## Exercises\b", source_of(cell)))
 
-# %% ../../nbs/course/exercises.ipynb #905d9e5d
+# %% ../../nbs/course/exercises.ipynb #731cb1ad
 def read_exercises(path: Path) -> list[Exercise]:
     "The exercises of a source notebook, in their order."
     found, parts = {}, {}
@@ -117,7 +117,8 @@ def read_exercises(path: Path) -> list[Exercise]:
             found[mark.number] = Exercise(notebook=path.stem, **head | numbers)
     check_parts(path, found, parts)
     return [e._replace(task=p["task"], stub=p.get("stub", ""), solution=p.get("solution", ""),
-                       check=p.get("check", ""), bonus_check=p.get("bonus", ""), blanks=p.get("blanks", ()), rubric=p.get("rubric", ""),
+                       check=p.get("check", ""), bonus_check=p.get("bonus", ""),
+                       blanks=p.get("blanks", ()), rubric=p.get("rubric", ""),
                        discussion=p.get("discussion", ""))
             for e, p in ((e, parts[n]) for n, e in found.items())]
 

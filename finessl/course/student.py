@@ -6,13 +6,13 @@
 __all__ = ['blank_body', 'defines', 'nbgrader_metadata', 'new_cell', 'exercise_cell', 'relink', 'student_copy', 'solutions_copy',
            'figures_from']
 
-# %% ../../nbs/course/student.ipynb #26489baf
+# %% ../../nbs/course/student.ipynb #909d0d20
 import ast, copy, os, re
 from pathlib import Path
 from .exercises import Exercise, exported_module, read_mark, source_of, starts_exercises
 from ..engine.errors import UsageError
 
-# %% ../../nbs/course/student.ipynb #9e6a25f1
+# %% ../../nbs/course/student.ipynb #434c222c
 def blank_body(
     source: str, # of a cell that defines the function
     name: str, # the function
@@ -31,7 +31,7 @@ def defines(source: str, name: str) -> bool: # of a code cell
     "Whether a cell defines a function of that name."
     return bool(re.search(rf"^def {re.escape(name)}\(", source, re.M))
 
-# %% ../../nbs/course/student.ipynb #b610c7b4
+# %% ../../nbs/course/student.ipynb #ac6ff341
 def nbgrader_metadata(part: str, e: Exercise) -> dict: # part: stub, check, bonus, answer or task
     "The entry `nbgrader` of a cell's metadata."
     n = e.number.replace(".", "-")
@@ -40,7 +40,7 @@ def nbgrader_metadata(part: str, e: Exercise) -> dict: # part: stub, check, bonu
              "locked": part in ("check", "bonus", "task"), "task": False}
     return entry | ({"points": e.points} if graded else {})
 
-# %% ../../nbs/course/student.ipynb #2cbf9e1b
+# %% ../../nbs/course/student.ipynb #6a70d005
 def new_cell(kind: str, source: str, cell_id: str, metadata: dict|None = None) -> dict: # kind: code or markdown
     "A cell that has not run."
     extra = {"execution_count": None, "outputs": []} if kind == "code" else {}
@@ -84,7 +84,7 @@ def student_copy(
     metadata = nb.get("metadata", {}) | {"finessl": {"notebook": exercises[0].notebook}}
     return {"cells": cells, "metadata": metadata, "nbformat": 4, "nbformat_minor": 5}
 
-# %% ../../nbs/course/student.ipynb #ceb1a30c
+# %% ../../nbs/course/student.ipynb #d631cc96
 def solutions_copy(nb: dict, imports: list[dict]) -> dict: # source notebook; its cells of imports
     "The exercises with their solutions in the place of the stubs."
     at = next(i for i, c in enumerate(nb["cells"]) if starts_exercises(c))
