@@ -29,7 +29,7 @@ def check_fixmatch(f):
     for bad in ((1.5, 1., 1), (.7, -1., 1), (.7, 1., 0)):
         with raises(ValueError): f(*bad)
 
-# %% ../../nbs/03_pseudo_labels.ipynb #7ed3b69a
+# %% ../../nbs/03_pseudo_labels.ipynb #39405af3
 def check_fixmatch_loss(f):
     "Assert that `f(z_lb, y_lb, z_ulb_w, z_ulb_s, tau, weight)` is FixMatch's loss."
     lb, y, ln2 = torch.zeros(1, 2), torch.tensor([0]), math.log(2)
@@ -38,6 +38,8 @@ def check_fixmatch_loss(f):
     expect(f, (lb, y, w, s, .7, 3.), ln2 + 3 * ln2 / 2, "the weight is of the unlabelled loss alone", 1e-5)
     expect(f, (lb, y, w, s, .95, 1.), ln2, "nothing is confident", 1e-5)
     expect(f, (lb, y, w, s, .5, 1.), 2 * ln2, "a confidence of τ itself is kept", 1e-5)
+    alike = torch.tensor([[math.log(9.), 0.], [math.log(9.), 0.]])
+    expect(f, (lb, y, alike, s), 2 * ln2, "two images alike, both confident: probabilities are over the classes", 1e-5)
     lead = torch.tensor([[math.log(3.), 0.]])
     expect(f, (lead, y, w, s, .95, 1.), math.log(4 / 3), "the labelled loss", 1e-5)
     expect(f, (lb, y, w, torch.cat([-lead, s[:1]]), .7, 1.), ln2 + math.log(4) / 2, "the class is the weak view's", 1e-5)
