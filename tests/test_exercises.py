@@ -5,9 +5,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import finessl.checks.margin as check_margin
 from finessl.algorithms import finessl_loss
+from finessl.course import runner
 from finessl.course.exercises import code_of, exported_module, find_sources, is_imports, read_mark, read_notebook
-from finessl.course.grade import defined_names
+from finessl.course.grade import Limits, defined_names, make_job
 from finessl.margin import balanced_margin_loss, class_margins
 from finessl.reweighting import confidence_weights
 from finessl.smoothing import smooth_targets
@@ -312,3 +314,19 @@ def test_a_notebook_has_three_to_five_of_different_kinds():
     for path, es in sources.items():
         assert 3 <= len(es) <= 5, f"{path} has {len(es)} exercises"
         assert "explain" in {e.kind for e in es} and "code" in {e.kind for e in es}, path
+
+
+def test_the_solutions_get_all_points_where_submissions_run_and_a_changed_check_gets_none(monkeypatch):
+    monkeypatch.setattr(runner, "limit_memory", lambda megabytes: True)      # this process goes on
+    path, e = exercises["5.2"]
+    both = [e, exercises["5.3"][1]]
+    cells = [{"cell_type": "markdown", "source": "## Exercises"},
+             *({"cell_type": "code", "source": x.solution.replace("solution", "stub")} for x in both)]
+    patch = {"cell_type": "code", "source": "import finessl.checks.margin as m\nm.expect = lambda *args: None"}
+    for extra, points in ([], 4), ([patch], 0):
+        job = make_job(read_notebook(Path(path)), both, {"cells": cells + extra}, Limits())
+        before, events = check_margin.expect, []
+        try: runner.run_submission(job, lambda **event: events.append(event))
+        finally: check_margin.expect = before
+        marked = [x for x in events if x["event"] == "marked"]
+        assert len(marked) == 4 and sum(x["ok"] for x in marked) == points, marked

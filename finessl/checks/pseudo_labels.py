@@ -42,7 +42,7 @@ def check_fixmatch_loss(f):
     expect(f, (lb, y, alike, s), 2 * ln2, "two images alike, both confident: probabilities are over the classes", 1e-5)
     lead = torch.tensor([[math.log(3.), 0.]])
     expect(f, (lead, y, w, s, .95, 1.), math.log(4 / 3), "the labelled loss", 1e-5)
-    expect(f, (lb, y, w, torch.cat([-lead, s[:1]]), .7, 1.), ln2 + math.log(4) / 2, "the class is the weak view's", 1e-5)
+    expect(f, (lb, y, w, torch.cat([-lead, s[:1]]), .7, 1.), ln2 + math.log(4) / 2, "the weak view's class", 1e-5)
     views = torch.tensor([[0., 0.], [5., 0.], [math.log(3.), 0.], [0., 9.]]) # two views of image 0 are rows 0 and 2
     expect(f, (lb, y, w, views), ln2 + (ln2 + math.log(4 / 3)) / 4, "two strong views, view-major", 1e-5)
     w, s = w.requires_grad_(), s.requires_grad_()

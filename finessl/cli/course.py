@@ -62,8 +62,8 @@ def make_command(args):
     "finessl course make"
     from finessl.course.make import make_course
     made = make_course(args.notebooks, args.out, args.overwrite)
-    every = [e for es in made.values() for e in es]
-    say(f"finessl: {len(every)} exercises of {len(made)} notebooks, {sum(e.points for e in every)} points, in {args.out}")
+    every = sum(made.values(), [])
+    say(f"finessl: {len(every)} exercises, {sum(e.points for e in every)} points, {len(made)} notebooks in {args.out}")
 
 def make_limits(args): # -> Limits
     "The limits of the command line."
