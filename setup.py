@@ -34,7 +34,8 @@ setup(
     package_data={"finessl": ["weights/*", "assets/*"]},
     install_requires=cfg["requirements"].split(),
     extras_require={"dev": f'{cfg["dev_requirements"]} {cfg["export_requirements"]}'.split(),
-                    "export": cfg["export_requirements"].split()},
+                    "export": cfg["export_requirements"].split(),
+                    "book": cfg["book_requirements"].split()},
     entry_points={
         "console_scripts": cfg["console_scripts"].split(),
         "nbdev": [f"{cfg['lib_name']}={cfg['lib_name']}._modidx:d"],

@@ -9,6 +9,7 @@ __all__ = ['MAIN', 'AT_ONCE', 'make_parser', 'main', 'format_message', 'print_er
 # %% ../../nbs/cli/main.ipynb #17544079
 import argparse, contextlib, os, shlex, signal, sys
 from .bench import add_bench
+from .course import add_course
 from .demo import add_demo
 from .export import add_export
 from .labels import add_suggest
@@ -36,7 +37,8 @@ def make_parser() -> Parser:
     parser = Parser(prog=prog_name(), description=MAIN)
     parser.add_argument("--version", action="version", version=f"finessl {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=Parser)
-    for add in (add_demo, add_suggest, add_train, add_predict, add_export, add_report, add_bench): add(commands, common)
+    for add in (add_demo, add_suggest, add_train, add_predict, add_export, add_report, add_course, add_bench):
+        add(commands, common)
     return parser
 
 # %% ../../nbs/cli/main.ipynb #bc556c59
