@@ -220,3 +220,21 @@ def test_a_cache_that_fails_ends_no_run(cache, monkeypatch, capsys, wrong):
     run = fit(DATA, "pocket", FineSSL(), **SHORT)
     assert run.record["weights_sha256"] == want
     assert "features cannot be kept in" in capsys.readouterr().err
+
+
+def test_tables_that_nobody_opens_go_and_nothing_else_does(tmp_path):
+    def table(code): # as another command would leave it
+        t = FeatureTable(code, 4, tmp_path)
+        t.add([bytes(16)], torch.ones(1, 4))
+        return t.folder
+    old, used, other, shared = (table(c * 16) for c in "abcd")
+    (shared / "note.txt").write_text("mine")
+    named, link = tmp_path / "photos", tmp_path / ("e" * 16 + "-4")
+    (named / "rows").parent.mkdir(), (named / "rows").write_text("mine")
+    link.symlink_to(named, target_is_directory=True)
+    for folder in (old, used, other, shared, named): os.utime(folder, (0, time.time() - 91 * 86400))
+    table("b" * 16)                                            # opened again
+    os.utime(other)
+    FeatureTable("f" * 16, 4, tmp_path)                        # a new one
+    assert not old.exists() and (used / "rows").exists() and (other / "rows").exists()
+    assert (shared / "note.txt").read_text() == (named / "rows").read_text() == "mine" and link.is_symlink()
