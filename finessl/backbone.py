@@ -5,11 +5,13 @@
 # %% auto #0
 __all__ = ['naive_attention', 'attention', 'project_heads', 'Block', 'timm_block', 'open_clip_block', 'unsupported_reason',
            'trunk_blocks', 'trunk_sizes', 'trunk_norm', 'trunk_tokens', 'caption_projection', 'weights_hash',
-           'project_feature', 'embed_captions', 'Encoder', 'refusal', 'load_backbone', 'class_embeddings']
+           'project_feature', 'embed_captions', 'Encoder', 'refusal', 'load_backbone', 'class_embeddings',
+           'caption_templates']
 
 # %% ../nbs/11_backbone.ipynb #598c08bf
-import contextlib, hashlib, os
+import contextlib, hashlib, json, os
 from dataclasses import dataclass
+from importlib import resources
 from typing import Callable
 import torch
 import torch.nn.functional as F
@@ -260,3 +262,9 @@ def class_embeddings(
     "A class in the space of captions: its captions' mean."
     if encoder.tokenizer is None: raise ValueError(f"{encoder.name} has no text tower: zero-shot needs one")
     return torch.stack([encoder.text([t.format(name) for t in templates]).mean(0) for name in names])
+
+def caption_templates(encoder) -> list[str]: # captions, {} for the name of a class
+    "What the pocket encoder was trained with; for others CLIP's own (Radford et al. 2021, section 3.1.4)."
+    if encoder.name != "pocket": return ["a photo of a {}."]
+    card = resources.files("finessl") / "weights" / "pocket.json"
+    return json.loads(card.read_text(encoding="utf-8"))["templates"]

@@ -29,6 +29,7 @@ class Split(NamedTuple):
     skipped: int = 0 # unreadable files left out
     unreadable: tuple[str, ...] = () # their names
     codes: tuple[tuple[str, str], ...] = () # part, code of its files; (): of what the data set holds
+    labelled_files: tuple[str, ...] = () # digest of each labelled file; (): there are none, or many
 
 # %% ../nbs/01_data.ipynb #f4c0d0cf
 class Dataset(NamedTuple):

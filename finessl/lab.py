@@ -7,13 +7,12 @@ __all__ = ['CachedView', 'extract_features', 'cache_views', 'CachedDigits', 'Lab
            'reference_run', 'logistic_probe', 'linear_probe', 'raw_probe', 'zero_shot_logits', 'zero_shot']
 
 # %% ../nbs/02_lab.ipynb #d4e056d9
-import hashlib, json, math, torch
-from importlib import resources
+import hashlib, math, torch
 from typing import NamedTuple
 import numpy as np
 import torch.nn.functional as F
 from torch import Tensor, nn
-from .backbone import class_embeddings, load_backbone
+from .backbone import caption_templates, class_embeddings, load_backbone
 from .data import Dataset, digits, generator, load_digit_images
 from .engine.batches import VIEW_STRONG, VIEW_WEAK, compute_logits, make_batch
 from .engine.environment import environment
@@ -133,7 +132,7 @@ class Lab(CachedDigits):
         return done
 
 # %% ../nbs/02_lab.ipynb #502ab409
-@fresh_torch()
+@fresh_torch(threads=1) # so small a step takes longer where several share it
 def train_heads(
     model: TwoHeadModel, # heads on features; trained in place
     dataset: Dataset, views: Views, # of numbers, and tables of their features: see `Lab`
@@ -287,11 +286,10 @@ def zero_shot_logits(
 @torch.no_grad()
 def zero_shot(
     lab: Lab, n_per_class: int, seed: int, known: int|None = None, # as of `digits`
-    templates: list[str]|None = None # captions of a class, {} for its name; None: the pocket encoder's
+    templates: list[str]|None = None # captions of a class, {} for its name; None: of `caption_templates`
 ) -> LabRun:
     "The text tower's class for every image, without a label or a step."
-    card = resources.files("finessl") / "weights" / "pocket.json"
-    templates = templates or json.loads(card.read_text(encoding="utf-8"))["templates"]
+    templates = templates or caption_templates(lab.encoder)
     ds = lab.split(n_per_class, seed, known)
     z = zero_shot_logits(lab.encoder.project(lab.feat), class_embeddings(lab.encoder, ds.classes, templates),
                          lab.encoder.model.logit_scale.exp())

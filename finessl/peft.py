@@ -16,7 +16,7 @@ from .backbone import Encoder
 from .data import Dataset, generator
 from .engine.adapters import FineTuned
 from .engine.encoders import is_timm
-from .engine.peft_names import parse_peft
+from .engine.peft_names import PROMPTED, parse_peft
 from .engine.torch_state import as_generator, fresh_torch
 
 # %% ../nbs/12_peft.ipynb #8e9791d7
@@ -164,7 +164,7 @@ def build_model(
     encoder: Encoder, # frozen
     n_classes: int, # C
     peft: str = "vpt", # what is trained besides the heads: "vpt" prompts in every layer, "linear" nothing, or others
-    n_prompts: int = 50, # per layer, for "vpt"
+    n_prompts: int = 50, # per layer, for "vpt"; in all, for "vpt-shallow"
     seed: int = 0 # of prompts and heads
 ) -> TwoHeadModel:
     "Encoder, prompts and two cosine heads, initialised from `seed` whatever was drawn before."
@@ -172,9 +172,9 @@ def build_model(
     if (unknown := encoder.blocks is None) and method != "linear":
         raise ValueError(f"the inside of {encoder.name} is not known, so only heads on its features of images can be "
                          f'trained: peft must be "linear", got {peft!r}')
-    g, prompts = as_generator(seed), method in ("vpt", "linear")
+    g, prompts = as_generator(seed), method in (*PROMPTED, "linear")
     if unknown: features = NoPEFT(encoder)
-    elif prompts: features = VPT(encoder, n_prompts if method == "vpt" else 0, seed=g)
+    elif prompts: features = VPT(encoder, n_prompts if method in PROMPTED else 0, method != "vpt-shallow", g)
     else: features = FineTuned(encoder, peft, g)
     head, aux = CosineHead(encoder.width, n_classes, seed=g), CosineHead(encoder.width, n_classes, seed=g)
     return TwoHeadModel(features, head, aux)
@@ -204,7 +204,7 @@ def init_prompts_from_tokens(
     "Let the prompts start as the encoder's tokens of labelled images (see `token_prompts`)."
     some = torch.randperm(len(dataset.x_lb), generator=generator(seed, 0))[:TOKEN_IMAGES]
     x, prompts = eval_view(dataset.x_lb[some].to(device)), model.features.prompts
-    prompts.copy_(token_prompts(model.features.encoder, x, prompts.shape[1], seed))
+    prompts.copy_(token_prompts(model.features.encoder, x, prompts.shape[1], seed)[:len(prompts)]) # shallow: one layer
 
 # %% ../nbs/12_peft.ipynb #hdm00002
 @torch.no_grad()

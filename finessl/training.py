@@ -12,14 +12,17 @@ from dataclasses import asdict, dataclass, fields, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import NamedTuple
+
+# %% ../nbs/13_training.ipynb #imp00002
 from .data import Dataset
 from .engine.accumulate import accumulated_backward
 from .engine.batches import compute_logits, make_batch
 from .engine.checkpoint import TrainState, resume_from, runtime_of, save_progress, saved_setting
 from .engine.environment import environment
-from .engine.evaluation import evaluate, finalize_log, predict_logits
+from .engine.evaluation import evaluate, finalize_log
 from .engine.features import STORED_VIEWS, on_features, on_images
 from .engine.fingerprint import image_codes, may_change
+from .engine.heads import HEAD_ROWS, init_heads
 from .engine.images import exclude_files
 from .engine.inputs import as_encoder
 from .engine.metrics import MetricAccumulator, NonFiniteGuard
@@ -35,7 +38,7 @@ from .engine.settings import build_settings, validate, python_numbers, run_info
 from .engine.signals import GracefulStop, stop_on_signal
 from .engine.torch_state import fresh_torch
 from .engine.watch import Watch, report_symptoms
-from .peft import build_model, default_n_prompts, init_heads_from_means, init_prompts_from_tokens, weights_sha256
+from .peft import PROMPTED, build_model, default_n_prompts, init_prompts_from_tokens, weights_sha256
 from .views import Views, default_views
 
 # %% ../nbs/13_training.ipynb #6ae6d199
@@ -49,11 +52,11 @@ class Settings:
     weight_decay: float = 5e-4
     seed: int = 0 # of the draws: images and views
     init_seed: int|None = None # of prompts and heads; None: as seed
-    peft: str = "vpt" # "vpt": prompts in every layer; "linear": heads on frozen features; others: see engine.adapters
+    peft: str = "vpt" # prompts in every layer; "vpt-shallow": before the first; "linear": heads; see engine.adapters
     n_prompts: int|None = None # per layer; None: as many for its tokens as the paper's 50 for ViT-B/16's 197
     prompt_init: str = "random" # "random" as in the paper, or "tokens" of the labelled images
-    head_init: str|None = None # "random" as in the paper; class "means" of labelled images' features; "trained" on
-    # frozen features beforehand; None: as the algorithm says, "random" where it says nothing
+    head_init: str|None = None # "random" as in the paper; class "means", a "probe" or "text" (see engine.heads);
+    # "trained" on frozen features beforehand; None: as the algorithm says, "random" where it says nothing
     labelled: str = "all" # "release": drop labelled images as the released loader does
     precision: str|None = None # "float32" or "bf16"; None: bf16 on a GPU that has it; a resume keeps its own
     evals: int = 10 # evaluations, evenly spaced, the last at the end; none is ever selected
@@ -121,10 +124,10 @@ def prepare(
     validate(dataset, algorithm, settings, runtime, group.world_size)
     encoder, device = as_encoder(backbone, dataset.x_lb.shape[-1]), group.device
     begun, depth, n_prompts = lambda: saved_setting("precision", resume), runtime.prefetch_depth, settings.n_prompts
-    if n_prompts is None and settings.peft == "vpt": n_prompts = default_n_prompts(encoder)
+    if n_prompts is None and settings.peft in PROMPTED: n_prompts = default_n_prompts(encoder)
     settings = replace(settings, views=settings.views or default_views(dataset, encoder),
                        init_seed=settings.seed if settings.init_seed is None else settings.init_seed,
-                       n_prompts=n_prompts if settings.peft == "vpt" else 0,
+                       n_prompts=n_prompts if settings.peft in PROMPTED else 0,
                        head_init=settings.head_init or getattr(algorithm, "head_init", "random"),
                        precision=settings.precision or group.broadcast_object(begun) or default_precision(device))
     runtime = replace(runtime, device=device,
@@ -155,9 +158,7 @@ def build_state(
     if model is None:
         model = build_model(setup.encoder, len(dataset.classes), s.peft, s.n_prompts, s.init_seed).to(device)
         if s.prompt_init == "tokens": init_prompts_from_tokens(model, dataset, s.views.eval_view, s.init_seed, device)
-        if s.head_init == "means":
-            feat = predict_logits(model.features, dataset.x_lb, s.views.eval_view, device)
-            init_heads_from_means(model, feat.to(device), dataset.y_lb.to(device))
+        if s.head_init in HEAD_ROWS: init_heads(setup, model)
         if s.head_init == "trained": start_from_heads(setup, model)
     return TrainState(model, build_optimizer(model, s.schedule, s.momentum, s.weight_decay),
                       setup.algorithm.init(len(dataset.x_ulb), len(dataset.classes), device),

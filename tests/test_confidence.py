@@ -1,5 +1,5 @@
 """What a prediction is worth: thresholds, temperatures and sets, checked by draws, and through the command line."""
-import csv, math, re
+import csv, math, re, shutil
 
 import pytest
 import torch
@@ -13,6 +13,7 @@ from finessl.cli import main as cli_main
 from finessl.engine.confidence import (SureAbove, choose_threshold, conformal_sets, fit_temperature, images_needed,
                                        scale_probabilities, sure_above)
 from finessl.engine.errors import DataError
+from finessl.engine.fingerprint import file_digest
 from finessl.engine.runs import TrainedRun, load_run
 from finessl.peft import build_model, init_heads_from_means
 from finessl.views import View
@@ -142,3 +143,24 @@ def test_half_of_an_option_is_refused(predict, place, tmp_path):
     (tmp_path / "t.csv").write_text(f"file,label\n{next((place / 'new').iterdir())},goose\n")
     assert "has class 'goose', which the run does not know" in predict(
         "--sets", .9, "--held-out", tmp_path / "t.csv", code=2)[1]
+
+
+def test_images_that_were_trained_on_are_left_out(place, capsys, tmp_path):
+    "The table of the training may be named: of its lines only those count that training put aside."
+    def call(*argv, code=0):
+        assert cli_main.main([*map(str, argv)]) == code
+        return capsys.readouterr().err
+    run, table = tmp_path / "run", place / "held.csv"
+    call("train", "--data", place / "held", "--labels", table, "--test-fraction", .5, "--peft", "linear", "--steps", 3,
+         "--batch", 8, "--evals", 1, "--out", run, "--quiet")
+    record = load_run(run, device="cpu").record
+    ask = ("predict", "--run", run, place / "new", "--out", tmp_path / "t.csv", "--calibrate", "--held-out")
+    said = call(*ask, table)
+    assert f"left out of --held-out: {record['n_lb']} images that the run was trained on" in said
+    assert f"; {record['n_test']} are left" in said and f"by {record['n_test']} held-out images" in said
+    copies, digests = tmp_path / "copies", {*record["labelled_files"]} # wherever they lie, whatever they are called
+    for file in (place / "held").rglob("*.png"):
+        if file_digest(file).hex() in digests:
+            (copies / file.parent.name).mkdir(parents=True, exist_ok=True)
+            shutil.copy2(file, copies / file.parent.name / f"other {file.name}")
+    assert f"--held-out {copies}: the run was trained on every image of it" in call(*ask, copies, code=2)

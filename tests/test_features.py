@@ -1,8 +1,10 @@
 "Features are computed once, kept, and found again; heads on them are a run like any other."
 import json, os, signal, subprocess, sys, time
 import pytest
+import timm
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 from finessl.cli.main import main as finessl
 from finessl.algorithms import FineSSL
 from finessl.anchored import AnchoredFineSSL
@@ -155,6 +157,16 @@ def test_a_folder_trains_heads_on_a_cpu_and_says_so(photos, cache, tmp_path, cap
     assert "stored_views" not in record and "--peft vpt" not in said
     record, said = run("d", "--prompts", "2")
     assert record["peft"] == "vpt" and "stored_views" not in record
+
+
+def test_predict_finds_the_weights_of_the_encoder_where_training_did(cache, tmp_path):
+    torch.manual_seed(0)
+    path, run = tmp_path / "weights.safetensors", tmp_path / "run"
+    save_file(timm.create_model("test_vit", num_classes=5).state_dict(), path)
+    how = SHORT | {"steps": 2, "evals": 1}
+    trained = fit(DATA, load_backbone("timm:test_vit", checkpoint=path, image_size=32), FineSSL(), out=run, **how)
+    assert trained.record["checkpoint"] == str(path)
+    assert torch.equal(load_run(run).predict(DATA.x_test), trained.predict(DATA.x_test))
 
 
 def test_files_and_the_folder_beside_them_have_the_same_keys(photos):

@@ -258,11 +258,17 @@ ALGORITHMS = {"FineSSL": FineSSL(), "paper": FineSSL(form="paper"), "FixMatch": 
               "labelled-only": SupervisedOnly()}
 
 
+def fewer_digits():
+    "Two labelled digits a class and 100 for the test."
+    ds = digits(2, 0)
+    return ds._replace(x_test=ds.x_test[:100], y_test=ds.y_test[:100])
+
+
 @pytest.mark.parametrize("algorithm", ALGORITHMS.values(), ids=ALGORITHMS)
 def test_the_loop_waits_for_evaluations_alone(monkeypatch, tmp_path, algorithm):
     settings = dict(schedule=Schedule(6, reset_pace_every=4), batch=4, evals=2, checkpoint_every=2)
-    here = fit(digits(2, 0), "pocket", algorithm, device="cpu", compile=False, progress=False, **settings)
-    run = watched_fit(monkeypatch, digits(2, 0), algorithm, out=tmp_path / "run", **settings)
+    here = fit(fewer_digits(), "pocket", algorithm, device="cpu", compile=False, progress=False, **settings)
+    run = watched_fit(monkeypatch, fewer_digits(), algorithm, out=tmp_path / "run", **settings)
     few = {"evaluate": 2, "read": 2, "save_checkpoint": 2, "check": 4, "finalize_log": 1}
     assert calls == few, "something waits more often than it has to"
     for a, b in zip(run.record["evaluations"], here.record["evaluations"], strict=True):
@@ -296,7 +302,7 @@ def test_a_loop_that_waits_is_found(monkeypatch, wrong):
         step = training.train_step
         monkeypatch.setattr(training, "train_step", lambda *a, **k: print(f"loss {step(*a, **k):.3f}"))
     with pytest.raises(AssertionError, match="asks the device for values"):
-        watched_fit(monkeypatch, digits(2, 0), Peeking(), schedule=Schedule(3), batch=4, evals=1)
+        watched_fit(monkeypatch, fewer_digits(), Peeking(), schedule=Schedule(3), batch=4, evals=1)
 
 
 def test_operations_fall_along_the_chain():
@@ -314,7 +320,7 @@ def test_nothing_is_compiled_after_the_first_step():
 def test_every_kind_of_fit_in_a_process_is_compiled(monkeypatch):
     "All models share the code of one forward pass, and torch.compile gives up on code compiled eight times."
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
-    ds, encoder = digits(2, 0), load_backbone("pocket")
+    ds, encoder = fewer_digits(), load_backbone("pocket")
     one = lambda t: fit(ds, encoder, FixMatch(), n_prompts=t + 1, schedule=Schedule(1), batch=4, evals=1,
                         compile=True, device="cpu", progress=False)
     assert compilations(one, 6) == [2] * 6

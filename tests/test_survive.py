@@ -11,7 +11,7 @@ from PIL import Image
 
 from finessl.cli import demo as cli_demo
 from finessl.cli import main as cli_main
-from finessl import training
+from finessl import data, training
 from finessl.engine import batches, prefetch, storage
 from finessl.algorithms import FineSSL
 from finessl.backbone import load_backbone
@@ -30,7 +30,7 @@ from test_training import ENV, few, outcome, same_record
 if sys.platform == "linux": import resource
 linux = pytest.mark.skipif(sys.platform != "linux", reason="forks, signals and limits as Linux has them")
 
-STEPS, EVERY = 12, 4 # of a run; steps between its checkpoints
+STEPS, EVERY, FEW = 12, 4, few() # of a run; steps between its checkpoints; the digits of a demo
 
 
 def go(out, resume=False, **changes):
@@ -44,8 +44,8 @@ def terminal(text): sys.exit(cli_main.main(shlex.split(text)[1:]))
 
 
 def program(text):
-    "A command as a process of its own runs it; the demo's reference lines, which nobody looks at here, left out."
-    sys.argv, cli_demo.references = shlex.split(text), lambda *args: {}
+    "A command as a process of its own runs it, on fewer digits; the demo's reference lines are left out."
+    sys.argv, cli_demo.references, data.digits = shlex.split(text), lambda *args: {}, lambda *args: FEW
     sys.exit(cli_main.main())
 
 
@@ -156,7 +156,7 @@ def on_a_small_disk(out, text):
 
 TRAIN = (f"finessl train --data digits --per-class 1 --steps {STEPS} --batch 4 --prompts 2 --evals 1 "
          f"--checkpoint-every {EVERY} --quiet --out")
-MUCH = TRAIN.replace("--batch 4", "--batch 256").replace(f"--steps {STEPS}", "--steps 6")
+MUCH = TRAIN.replace("--batch 4", "--batch 32").replace(f"--steps {STEPS}", "--steps 6")
 MUCH = MUCH.replace(f"every {EVERY}", "every 2")
 
 FAULTS = {   # name -> what is put into place, what is run, given the folder of the run
@@ -330,7 +330,7 @@ def test_a_disk_that_is_full_and_then_grows(happened):
 def test_no_memory_is_an_error_that_says_what_needs_less(happened):
     first = happened["no memory"]["first"]
     assert first["code"] == 1 and first["stderr"].count("\n") == 1 and "record.json" not in first["files"]
-    for part in ("out of memory with batch=256", "allocate", "accumulate=2 (--accumulate 2)", "batch=128 (--batch 128)",
+    for part in ("out of memory with batch=32", "allocate", "accumulate=2 (--accumulate 2)", "batch=16 (--batch 16)",
                  "the checkpoint of step 4 is kept: go on with"):
         assert part in first["stderr"]
     assert ends_as(happened, "no memory", "much") == [4]

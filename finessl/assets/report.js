@@ -23,7 +23,7 @@
     else f.append(make("div", undefined, "none"));
     caption.append(make("b", nameOf(images.pred[i]) + " " + Math.round(100 * images.conf[i]) + "%"));
     if (labels[i] >= 0 && labels[i] !== images.pred[i]) caption.append(make("span", "labelled " + nameOf(labels[i]), "said"));
-    const file = make("span", images.name[i], "file");
+    const name = images.name[i], file = make("span", name.length > 18 ? "…" + name.slice(-17) : name, "file");
     file.title = images.name[i] + " (" + parts[images.kind[i]] + ")";
     caption.append(file);
     f.append(caption);

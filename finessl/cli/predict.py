@@ -151,7 +151,7 @@ def predict_command(args):
     check_run_encoder(args)
     from finessl.engine.runs import load_run
     run, files = load_run(args.folder, args.checkpoint, resolve_device(args.device)), image_files(args.images)
-    held = read_held_out(args.held_out)
+    held = read_held_out(args.held_out, run.record)
     if args.out: check_table(args, [*files, *(file for file, _ in held), args.held_out])
     judge = make_judge(args, run.classes, held, lambda some: classify_files(run, some, args, args.skip_unreadable)[:2])
     p, read, errors = classify_files(run, files, args)

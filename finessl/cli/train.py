@@ -12,13 +12,12 @@ import json, os, shlex, sys
 from pathlib import Path
 from .labels import add_labels, check_label_options, load_labels
 from .options import ANCHORED, HEADS, NAMED, add_algorithm, algorithm_options, check_backbone, check_files
-from .options import check_out, choose_peft, chosen_algorithm, chosen_peft, count_type, env_rank
-from .options import make_algorithm, path_type, peft_type, ranged_type, resolve_device, seed_type
-from .options import source_type
+from .options import check_out, choose_peft, chosen_algorithm, chosen_peft, count_type, env_rank, seed_type
+from .options import make_algorithm, path_type, peft_type, ranged_type, resolve_device, source_type
 from ..engine import streams
 from ..engine.downloads import ARCHIVES
 from ..engine.errors import UsageError, printable
-from ..engine.peft_names import SIZES
+from ..engine.peft_names import HEAD_INITS, PROMPTED, SIZES
 from ..engine.ranks import read_ranks
 from ..engine.storage import RUN_FILES, read_marker
 from ..studies.presets import presets
@@ -59,9 +58,9 @@ def add_model(p):
     g.add_argument("--checkpoint", metavar="FILE", type=path_type,
                    help="the encoder's weights in a local file (default: its pretrained ones)")
     g.add_argument("--peft", metavar="NAME", type=peft_type,
-                   help="what is trained beside the heads: vpt (prompts in every layer), linear (nothing), "
-                        f"{', '.join(SIZES)}; a size may follow, as in lora:8 (default: vpt, but linear for a folder "
-                        "on a CPU)")
+                   help="what is trained beside the heads: vpt (prompts in every layer), vpt-shallow (before the "
+                        f"first), linear (nothing), {', '.join(SIZES)}; a size may follow, as in lora:8 (default: vpt, "
+                        "but linear for a folder on a CPU)")
     g.add_argument("--views", choices=("stored", "new"),
                    help="with --peft linear: features of a few weak and strong views an image, computed once and kept, "
                         "or new views in every step (default: stored for a folder, else new)")
@@ -71,9 +70,10 @@ def add_model(p):
     g.add_argument("--prompt-init", choices=("random", "tokens"), default="random",
                    help="prompts start at random, as in the paper, or as tokens of labelled images, for encoders that "
                         "random ones upset")
-    g.add_argument("--head-init", choices=("random", "means", "trained"),
-                   help="heads start at random, as in the paper, at class means of the labelled images' features, or "
-                        "as training on frozen features leaves them (default: means for anchored, else random)")
+    g.add_argument("--head-init", choices=HEAD_INITS,
+                   help="heads start at random, as in the paper, at class means of the labelled images, at a probe "
+                        "of them, at the classes' names (with a text tower), or as training on frozen features leaves "
+                        "them (default: means for anchored, else random)")
     g.add_argument("--init-seed", metavar="S", type=seed_type, help="initial prompts and heads (default: as --seed)")
 
 def add_schedule(p):
@@ -175,7 +175,7 @@ def apply_preset(args):
               "--image-size": ("image_size", p["image_size"]), "--lr": ("lr", schedule["lr"]),
               "--steps": ("steps", schedule["steps"])} | {f"--{k}": (k, p["fit"][k]) for k in ("batch", "mu", "evals")}
     if data != "folder": chosen["--data"] = ("data", data)
-    if chosen_peft(args) == "vpt": chosen["--prompts"] = ("prompts", p["fit"]["n_prompts"])
+    if chosen_peft(args) in PROMPTED: chosen["--prompts"] = ("prompts", p["fit"]["n_prompts"])
     if chosen_algorithm(args) == "finessl": chosen |= {f"--{k}": (k, v) for k, v in p["algorithm"].items()}
     for option, (name, value) in chosen.items():
         if option not in typed: setattr(args, name, value)
@@ -195,7 +195,7 @@ def check_train(args):
     if read_ranks().world_size > 1 and args.processes > 1:
         raise UsageError("--processes starts processes, and torchrun has done so already: leave one of them out")
     needs = {"--prompts": args.prompts is not None, "--prompt-init tokens": args.prompt_init == "tokens"}
-    if (peft := chosen_peft(args)) not in (None, "vpt") and any(needs.values()):
+    if (peft := chosen_peft(args)) not in (None, *PROMPTED) and any(needs.values()):
         raise UsageError(f"{next(o for o, given in needs.items() if given)} belongs to --peft vpt, not to {peft}")
     if args.head_init == "trained" and peft == "linear":
         raise UsageError("--head-init trained is for what trains more than heads, not for --peft linear")

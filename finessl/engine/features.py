@@ -82,7 +82,7 @@ def fill_table(
     x: Tensor|ImageFiles, keys: list, # images, and what `image_keys` says of them
     encode, # (B, 3, H, W) uint8, B keys -> (B, width)
     title: str, # of the progress bar
-    batch: int = 64, # images at a time
+    batch: int = 32, # images at a time; on a CPU faster than 64: what a block holds stays in its cache
     progress: bool|None = None # None: a bar where somebody looks
 ) -> Tensor: # (N,) int64, places in the table; -1: left out
     "Compute the rows that are not there."
@@ -205,6 +205,10 @@ class FinishedEncoder(nn.Module):
     def __init__(self, encoder):
         super().__init__()
         for name in ("name", "width", "hash", "image_size"): setattr(self, name, getattr(encoder, name))
+        self.checkpoint = getattr(encoder, "checkpoint", None) # `predict` looks for the weights there
+        self.tokenizer, self.source = getattr(encoder, "tokenizer", None), (encoder,) # a tuple: no part of this module
+    proj = property(lambda self: self.source[0].proj, doc="As of `Encoder`.")
+    def text(self, captions): return self.source[0].text(captions)
     def forward(self, x: Tensor) -> Tensor: return x # (B, D)
 
 def on_features(setup): # setup: of a run before its first step, see the training notebook; -> the same on features

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SAMPLED', 'file_digest', 'sample_evenly', 'digest_files', 'files_code', 'tensor_code', 'part_code', 'image_codes',
-           'may_change', 'same_files', 'say_same']
+           'trained_files', 'was_trained', 'may_change', 'same_files', 'say_same']
 
 # %% ../../nbs/engine/fingerprint.ipynb #c981e657
 import hashlib, os
@@ -81,6 +81,20 @@ def image_codes(dataset) -> dict[str, str]: # dataset: a `Dataset`; -> part -> c
     if dataset.split is not None and dataset.split.codes: return dict(dataset.split.codes)
     return {"labelled": part_code(dataset.x_lb, dataset.y_lb), "unlabelled": part_code(dataset.x_ulb),
             "test": part_code(dataset.x_test, dataset.y_test)}
+
+def trained_files(files: list, most: int = 2_000) -> tuple[str, ...]: # files: paths; -> nothing where there are more
+    "Of each labelled file 32 hex digits, by which it is known again under another name or in another place."
+    if len(files) > most: return ()
+    return tuple((digest or b"").hex() for digest in map_threaded(file_digest, list(files)))
+
+def was_trained(
+    files, # paths
+    known # of `trained_files`, or None
+) -> list[bool]: # a file each
+    "Which files a run has learned from."
+    if not known: return [False] * len(files)
+    known = {*known} - {""}
+    return [digest is not None and digest.hex() in known for digest in map_threaded(file_digest, list(files))]
 
 def may_change(dataset) -> bool:
     "Whether files that cannot be read may be left out: then one that breaks changes the code, and is no other run."

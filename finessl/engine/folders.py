@@ -14,7 +14,7 @@ from ..data import Dataset, Split, short_hash, split_labels
 from .atomic import say_once
 from .decoders import open_image
 from .errors import DataError, UnreadableError, check_int
-from .fingerprint import digest_files, files_code, say_same
+from .fingerprint import digest_files, files_code, say_same, trained_files
 from .images import ImageFiles, SkippedFiles, map_threaded, read_image
 from .lists import find_lists, read_list
 from .parts import (Listing, class_folders, count_endings, find_parts, list_images, part_folders,
@@ -130,7 +130,7 @@ def image_folder(
     split = Split(f"folder:{root.resolve().name}", seed, n_per_class, idx_lb,
                   short_hash("folder", classes, files_lb, len(train), len(extra), len(test)),
                   sum(map(len, found)) - sum(map(len, parts)), tuple(sorted(skipped or ())),
-                  _codes(root, lb, y_train[idx_lb], train + extra, test, y_test, digests))
+                  _codes(root, lb, y_train[idx_lb], train + extra, test, y_test, digests), trained_files(lb))
     if lazy is None: lazy = (len(x_ulb) + len(x_test) + len(idx_lb)) * 3 * size**2 > 2**30
     if lazy: return Dataset(x_ulb.select(idx_lb), y_ulb[idx_lb], x_ulb, y_ulb, x_test, y_test, classes, split)
     pixels = x_ulb[:]
@@ -204,7 +204,8 @@ def image_lists(
                   tuple(sorted(skipped or ())))
     _say_listed_twice(*twice), _say_unlisted(folder, all_pairs)
     ds = Dataset(files(chosen_lb), y_lb[chosen], files(pool), label(pool), files(test), label(test), classes, split)
-    return ds._replace(split=split._replace(codes=_list_codes(folder, ds, files(lb).files, y_lb)))
+    return ds._replace(split=split._replace(codes=_list_codes(folder, ds, files(lb).files, y_lb),
+                                            labelled_files=trained_files(ds.x_lb.files)))
 
 def _list_codes(folder: Path, ds: Dataset, labelled: tuple, y: Tensor) -> tuple: # labelled: all files with a label
     "The codes of a data set from lists; images that stand in two places are named."

@@ -55,7 +55,7 @@ class Cards:
         more = f'<span class="said">{plain(said)}</span>' if said else ""
         return (f'<figure class="card" data-i="{i}">{img}<figcaption><b>{plain(classes[im["pred"][i]])} '
                 f'{im["conf"][i]:.0%}</b>{more}<span class="file" title="{plain(file)} ({KINDS[im["kind"][i]]})">'
-                f'{plain(file)}</span></figcaption></figure>')
+                f'{plain(file if len(file) <= 18 else "…" + file[-17:])}</span></figcaption></figure>') # its end tells
 
     def row(self, images, note=lambda i: "") -> str:
         "Several images."

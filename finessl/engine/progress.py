@@ -59,10 +59,12 @@ def progress_fields(state: TrainState) -> dict:
     shown = {"loss": (loss, "{:.3f}"), "kept": (kept, "{:.0%}"), "accuracy": (last.get("accuracy"), "{:.1%}")}
     return {k: form.format(v) for k, (v, form) in shown.items() if v is not None}
 
-def format_log_line(log: dict, steps: int, shown: dict) -> str: # shown: from `progress_fields`
+def format_log_line(
+    done: int, steps: int, # of so many
+    left: float, # seconds
+    shown: dict # from `progress_fields`
+) -> str:
     "What a log says at an evaluation."
-    done = log["evaluations"][-1]["step"]
-    left = (log["seconds"] + log["eval_seconds"]) / done * (steps - done)
     return (f"step {done} of {steps}: " + ", ".join(f"{k} {v}" for k, v in shown.items())
             + f"; {left:.0f} s left" * (left < 120) + f"; {left / 60:.0f} min left" * (left >= 120))
 
@@ -76,7 +78,7 @@ class ProgressBar:
         is_main: bool = True
     ):
         self.steps, self.every, self.lines = steps, max(1, steps // 50), progress == "lines" and is_main
-        self.silent = progress is False or not is_main
+        self.silent, self.first, self.begun = progress is False or not is_main, state.step, time.perf_counter()
         hidden = not is_main or progress_disabled(progress)
         self.bar = tqdm(total=steps, initial=state.step, disable=hidden, desc=name, leave=True,
                         file=None if in_notebook() else SafeStream(sys.stderr))
@@ -84,7 +86,8 @@ class ProgressBar:
     def evaluated(self, state: TrainState):
         "After an evaluation."
         if self.lines:
-            say(format_log_line(state.log, self.steps, progress_fields(state)))
+            left = (time.perf_counter() - self.begun) / (state.step - self.first) * (self.steps - state.step)
+            say(format_log_line(state.step, self.steps, left, progress_fields(state)))
 
     def warn(self, text: str):
         "Say something above the bar or in the log, without a bar too; only `progress=False` is silent."

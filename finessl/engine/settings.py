@@ -12,7 +12,7 @@ from torch import Tensor
 from ..data import Dataset, check_dataset
 from .batches import labelled_indices
 from .errors import MOST, SEEDS, DataError, check_choice, check_int, check_range
-from .peft_names import parse_peft
+from .peft_names import HEAD_INITS, PROMPTED, parse_peft
 from .precision import autocast
 from .schedule import Schedule, cosine_lr
 from .storage import encode_json
@@ -50,6 +50,7 @@ def run_info(setup) -> dict: # setup: of a run before its first step, see the tr
     r, s = setup.runtime, setup.dataset.split
     return as_json({"compile": r.compile, "processes": setup.group.world_size, "accumulate": r.accumulate,
                     "checkpoint": getattr(setup.encoder, "checkpoint", None), "command": r.command,
+                    "labelled_files": list(s.labelled_files) if s else [],
                     "split": None if s is None else {k: getattr(s, k) for k in ("seed", "n_per_class", "hash")}})
 
 def python_numbers(settings): # settings: a dataclass or a NamedTuple of numbers and names
@@ -109,7 +110,7 @@ def validate(
                          f"got {s.batch} for {world_size} x {accumulate}")
     if algorithm.required_outputs and not len(dataset.x_ulb):
         raise ValueError(f"{type(algorithm).__name__} needs unlabelled images, and the pool is empty")
-    if s.prompt_init not in ("random", "tokens") or s.prompt_init == "tokens" and s.peft != "vpt":
+    if s.prompt_init not in ("random", "tokens") or s.prompt_init == "tokens" and s.peft not in PROMPTED:
         raise ValueError('prompt_init must be "random", or "tokens" where there are prompts (peft="vpt"), '
                          f'got {s.prompt_init!r} with peft={s.peft!r}')
     if s.stored_views is not None:
@@ -118,9 +119,9 @@ def validate(
                              f"peft={s.peft!r} in {world_size}")
         for name, n in zip(("weak", "strong"), s.stored_views, strict=True):
             check_int(f"stored_views ({name})", n, 1, 1000)
-    if s.head_init not in (None, "random", "means", "trained") or s.head_init == "trained" and s.peft == "linear":
-        raise ValueError('head_init must be "random", "means", or "trained" where more than heads is trained, '
-                         f'got {s.head_init!r} with peft={s.peft!r}')
+    if s.head_init not in (None, *HEAD_INITS) or s.head_init == "trained" and s.peft == "linear":
+        raise ValueError('head_init must be "random", "means", "probe", "text", or "trained" where more than heads is '
+                         f'trained, got {s.head_init!r} with peft={s.peft!r}')
     if runtime is not None: check_choice("on_collapse", runtime.on_collapse, ("warn", "stop"))
     check_range("lr", s.schedule.lr, above=True), check_range("momentum", s.momentum, 0, 1)
     check_range("weight_decay", s.weight_decay)

@@ -15,6 +15,7 @@ from torch import Tensor
 from ..data import Dataset, Split, generator, short_hash, split_labels
 from .atomic import say_once
 from .errors import DataError, unescape_formula
+from .fingerprint import trained_files
 from .folders import files_to_skip
 from .images import ImageFiles
 from .lists import read_text
@@ -211,6 +212,7 @@ def split_table(
     lb = lb if n_per_class is None else lb[chosen]
     x, named = files(list(pool)), [(os.path.relpath(p, root), k) for p, k in pool.items()]
     code = short_hash("table", classes, [named[i] for i in lb.tolist()], len(pool), len(test))
+    x_lb = x.select(lb)
     split = Split(f"table:{root.resolve().name}", seed, n_per_class, lb, code, len(skipped or ()),
-                  tuple(sorted(skipped or ())))
-    return Dataset(x.select(lb), y[lb], x, y, files(list(test)), y_test, classes, split)
+                  tuple(sorted(skipped or ())), labelled_files=trained_files(x_lb.files))
+    return Dataset(x_lb, y[lb], x, y, files(list(test)), y_test, classes, split)

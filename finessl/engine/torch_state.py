@@ -29,9 +29,12 @@ class _DefaultType:
 _DEFAULT_TYPE = _DefaultType()                                 # as torch's own: one a process
 
 @contextlib.contextmanager
-def fresh_torch(): # a context, or a decorator: @fresh_torch()
+def fresh_torch(threads: int|None = None): # a context, or a decorator: @fresh_torch(); threads an operation may use
     "Gradients on, float32, CPU, no autocast, whatever the caller has set; afterwards it is as it was."
     with contextlib.ExitStack() as stack:
+        if threads and threads != (found := torch.get_num_threads()):
+            torch.set_num_threads(threads)
+            stack.callback(torch.set_num_threads, found)
         stack.enter_context(_DEFAULT_TYPE)
         if torch.is_inference_mode_enabled(): stack.enter_context(torch.inference_mode(False))
         if not torch.is_grad_enabled(): stack.enter_context(torch.enable_grad())

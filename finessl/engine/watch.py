@@ -16,6 +16,7 @@ from .checkpoint import TrainState
 from .errors import CollapsedRun
 from .evaluation import POOL_IMAGES, fixed_sample, predict_logits
 from .images import readable_mask, sync_excluded
+from .peft_names import PROMPTED
 from .recovery import EVAL_ADVICE, memory_advice
 from .schedule import PAPER_SCHEDULE
 from ..lab import logistic_probe
@@ -215,7 +216,7 @@ def advice(
 ) -> str:
     "What to try: whatever the run does not do yet."
     own, schedule = settings["algorithm"], settings["schedule"]
-    random = settings["peft"] == "vpt" and settings["prompt_init"] == "random"
+    random = settings["peft"] in PROMPTED and settings["prompt_init"] == "random"
     tau, lr, stable = own.get("tau", 1.), schedule["lr"] / 10, name != "unstable"
     unlabelled = bool(algorithm.required_outputs)
     hints = {f"a smaller learning rate, lr={lr:g} (--lr {lr:g})": not stable or not unlabelled,

@@ -1,0 +1,101 @@
+"Where heads start, and prompts that enter once: each is a run like any other, saved, resumed and loaded."
+import pytest
+import torch
+import torch.nn.functional as F
+from finessl.algorithms import FineSSL
+from finessl.backbone import caption_templates, class_embeddings, load_backbone
+from finessl.cli.main import main as finessl
+from finessl.engine.heads import mean_rows, probe_rows, text_rows
+from finessl.engine.runs import load_run
+from finessl.peft import VPT, build_model, init_heads_from_means
+from finessl.pseudo_labels import FixMatch
+from finessl.training import Runtime, Settings, build_state, fit, prepare
+from test_training import few, run
+
+encoder = load_backbone("pocket")
+
+
+def start(**changes):
+    return build_state(prepare(few(), encoder, FixMatch(), Settings(batch=4, **changes), Runtime("cpu"))).model
+
+
+def test_class_means_are_those_of_the_heads_room():
+    model, feat, y = build_model(encoder, 10), torch.randn(30, encoder.width), torch.arange(10).repeat(3)
+    init_heads_from_means(model, feat, y)
+    assert torch.equal(model.head.weight, mean_rows(feat, y, 10))
+
+
+def test_a_probe_by_scikit_learn_says_the_same():
+    from sklearn.linear_model import LogisticRegression
+    g = torch.Generator().manual_seed(0)
+    feat, y = torch.randn(40, 8, generator=g), torch.arange(4).repeat(10)
+    x = (F.normalize(feat, dim=1) / .07).numpy()
+    for y in (y, y % 2):
+        C = int(y.max()) + 1
+        probe, w = LogisticRegression(C=10., max_iter=2000).fit(x, y.numpy()), probe_rows(feat, y, C)
+        z = torch.from_numpy(x @ probe.coef_.T)
+        want = z.argmax(1) if C > 2 else (z[:, 0] > 0).long()
+        assert torch.equal((torch.from_numpy(x) @ w.T).argmax(1), want) or C > 2 # lengths of the rows count above two
+        cos = F.cosine_similarity(w, torch.from_numpy(probe.coef_).float() if C > 2 else
+                                  torch.from_numpy(probe.coef_[[0, 0]]).float() * torch.tensor([[-1.], [1.]]))
+        assert cos.min() > .9999
+
+
+def test_names_as_rows_are_zero_shot_but_for_the_lengths():
+    names, templates = few().classes, caption_templates(encoder)
+    rows, feat = text_rows(encoder, names, templates), torch.randn(5, encoder.width)
+    text = F.normalize(class_embeddings(encoder, names, templates), dim=1)
+    w = text @ encoder.proj.T
+    assert torch.allclose(F.normalize(w, dim=1), rows, atol=1e-6)
+    shift = encoder.project(torch.zeros(1, encoder.width)) @ text.T # of a bias, the same for all images
+    assert torch.allclose(feat @ w.T + shift, encoder.project(feat) @ text.T, atol=1e-4)
+
+
+@pytest.mark.parametrize("how", ["means", "probe", "text"])
+def test_both_heads_start_there_with_prompts_and_without(how):
+    for peft in ("vpt", "linear"):
+        model, random = start(head_init=how, peft=peft, n_prompts=1), start(head_init="random", peft=peft, n_prompts=1)
+        assert torch.equal(model.head.weight, model.aux_head.weight)
+        assert not torch.equal(model.head.weight, random.head.weight)
+        assert torch.allclose(model.head.weight.norm(dim=1), torch.ones(10), atol=1e-5)
+    kept = fit(few(), encoder, FixMatch(), peft="linear", head_init=how, stored_views=(1, 1), steps=1, batch=4, evals=1,
+               progress=False)
+    assert kept.record["head_init"] == how
+
+
+def test_an_encoder_without_text_says_so():
+    import timm
+    from finessl.backbone import Encoder
+    plain = Encoder(timm.create_model("test_vit", img_size=32, num_classes=0), "plain")
+    with pytest.raises(ValueError, match='plain has no text tower.*head_init may be "means" or "probe"'):
+        fit(few(), plain, FixMatch(), peft="linear", head_init="text", steps=1, batch=4, progress=False)
+    with pytest.raises(ValueError, match='head_init must be "random", "means", "probe", "text"'):
+        fit(few(), encoder, FixMatch(), head_init="names", progress=False)
+
+
+def test_shallow_prompts_are_a_run_like_any_other(tmp_path):
+    how = dict(peft="vpt-shallow", prompt_init="tokens")
+    whole = run(encoder, **how)
+    assert isinstance(whole.model.features, VPT) and whole.model.features.prompts.shape == (1, 2, encoder.width)
+    assert whole.record["n_prompts"] == 2
+    class Cut(FineSSL):
+        def __call__(self, logits, state):
+            state["n"] = state.get("n", 0) + 1
+            if state["n"] == 9: raise OSError("no power")
+            return super().__call__(logits, state)
+    Cut.__name__ = "FineSSL"
+    with pytest.raises(OSError, match="no power"): run(encoder, Cut(), tmp_path / "run", checkpoint_every=4, **how)
+    resumed = run(encoder, FineSSL(), tmp_path / "run", checkpoint_every=4, resume=True, **how)
+    assert resumed.record["weights_sha256"] == whole.record["weights_sha256"] and resumed.record["resumes"]
+    assert torch.equal(load_run(tmp_path / "run").predict(few().x_test), whole.predict(few().x_test))
+    assert whole.record["weights_sha256"] != run(encoder).record["weights_sha256"]
+
+
+def test_on_the_command_line(tmp_path, capsys):
+    some = ["train", "--data", "digits", "--per-class", "1", "--steps", "1", "--batch", "4", "--evals", "1", "--quiet"]
+    assert finessl([*some, "--peft", "vpt-shallow", "--prompts", "1", "--head-init", "text", "--out",
+                    str(tmp_path / "run")]) == 0
+    record = load_run(tmp_path / "run").record
+    assert (record["peft"], record["head_init"], record["n_prompts"]) == ("vpt-shallow", "text", 1)
+    assert finessl([*some, "--peft", "vpt-shalow", "--out", str(tmp_path / "no")]) == 2
+    assert "must be one of vpt, vpt-shallow, linear, lora" in capsys.readouterr().err
