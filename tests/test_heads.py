@@ -98,4 +98,4 @@ def test_on_the_command_line(tmp_path, capsys):
     record = load_run(tmp_path / "run").record
     assert (record["peft"], record["head_init"], record["n_prompts"]) == ("vpt-shallow", "text", 1)
     assert finessl([*some, "--peft", "vpt-shalow", "--out", str(tmp_path / "no")]) == 2
-    assert "must be one of vpt, vpt-shallow, linear, lora" in capsys.readouterr().err
+    assert "must be one of vpt, linear, lora" in capsys.readouterr().err

@@ -25,7 +25,7 @@ def parse_peft(
     method, colon, size = str(name).partition(":")
     if method in (*PROMPTED, "linear") and not colon: return method, None
     if method not in SIZES:
-        raise ValueError(f"peft must be one of {', '.join(PROMPTED)}, linear, {', '.join(SIZES)}; got {name!r}")
+        raise ValueError(f"peft must be one of {', '.join(('vpt', 'linear', *SIZES, 'vpt-shallow'))}; got {name!r}")
     if not colon: return method, SIZES[method]
     if SIZES[method] is None: raise ValueError(f"{method} has no size, got {name!r}")
     if not (size.isdecimal() and len(size) < 9 and 1 <= int(size) <= MOST_SIZE):
