@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TOKEN_IMAGES', 'prompt_bound', 'ReferenceVPT', 'add_prompts', 'VPT', 'NoPEFT', 'token_prompts', 'CosineHead',
-           'TwoHeadModel', 'build_model', 'default_n_prompts', 'init_prompts_from_tokens', 'init_heads_from_means',
-           'trainable_state_dict', 'weights_sha256']
+           'TwoHeadModel', 'build_model', 'default_n_prompts', 'init_prompts_from_tokens', 'mean_rows',
+           'init_heads_from_means', 'trainable_state_dict', 'weights_sha256']
 
 # %% ../nbs/12_peft.ipynb #3719a5fd
 import copy, hashlib, math
@@ -207,6 +207,15 @@ def init_prompts_from_tokens(
     prompts.copy_(token_prompts(model.features.encoder, x, prompts.shape[1], seed)[:len(prompts)]) # shallow: one layer
 
 # %% ../nbs/12_peft.ipynb #hdm00002
+def mean_rows(
+    feat: Tensor, # (N, D) float, features of the labelled images
+    y: Tensor, # (N,) int64, their labels
+    n_classes: int # C; every class occurs
+) -> Tensor: # (C, D), rows of length 1
+    "Class means of features of length 1 (Snell et al. 2017)."
+    feat = F.normalize(feat, dim=1)
+    return F.normalize(torch.stack([feat[y == k].mean(0) for k in range(n_classes)]), dim=1)
+
 @torch.no_grad()
 def init_heads_from_means(
     model: TwoHeadModel, # the rows of both heads are overwritten
@@ -214,10 +223,9 @@ def init_heads_from_means(
     y: Tensor # (N,) int64, their labels; every class occurs
 ) -> None:
     "Let both heads start at the class means of labelled images (Snell et al. 2017)."
-    feat = F.normalize(feat, dim=1)
-    means = torch.stack([feat[y == k].mean(0) for k in range(len(model.head.weight))])
+    means = mean_rows(feat, y, len(model.head.weight))
     if not means.isfinite().all(): raise ValueError("every class needs a labelled image with finite features")
-    for head in (model.head, model.aux_head): head.weight.copy_(F.normalize(means, dim=1))
+    for head in (model.head, model.aux_head): head.weight.copy_(means)
 
 # %% ../nbs/12_peft.ipynb #552aaa66
 def trainable_state_dict(

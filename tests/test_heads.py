@@ -5,9 +5,9 @@ import torch.nn.functional as F
 from finessl.algorithms import FineSSL
 from finessl.backbone import caption_templates, class_embeddings, load_backbone
 from finessl.cli.main import main as finessl
-from finessl.engine.heads import mean_rows, probe_rows, text_rows
+from finessl.engine.heads import probe_rows, text_rows
 from finessl.engine.runs import load_run
-from finessl.peft import VPT, build_model, init_heads_from_means
+from finessl.peft import VPT, build_model, init_heads_from_means, mean_rows
 from finessl.pseudo_labels import FixMatch
 from finessl.training import Runtime, Settings, build_state, fit, prepare
 from test_training import few, run
