@@ -82,7 +82,7 @@ def fill_table(
     x: Tensor|ImageFiles, keys: list, # images, and what `image_keys` says of them
     encode, # (B, 3, H, W) uint8, B keys -> (B, width)
     title: str, # of the progress bar
-    batch: int = 32, # images at a time; on a CPU faster than 64: what a block holds stays in its cache
+    batch: int = 32, # images at a time
     progress: bool|None = None # None: a bar where somebody looks
 ) -> Tensor: # (N,) int64, places in the table; -1: left out
     "Compute the rows that are not there."
