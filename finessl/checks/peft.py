@@ -110,7 +110,8 @@ def cosine_logits(a, b): return torch.cosine_similarity(a[:, None], b[None], dim
 # %% ../../nbs/12_peft.ipynb #dab550c7
 def check_peft(
     build, # (encoder, seed) -> a module from normalised images (B, 3, S, S) to features (B, D)
-    encoder # a frozen encoder
+    encoder, # a frozen encoder
+    lr: float = .1 # of three steps of SGD; smaller where features would run away
 ):
     "Assert that a way to fine-tune an encoder owes nothing to checkpoints, records and `predict`."
     def made(seed): return build(encoder, seed).eval()
@@ -121,7 +122,7 @@ def check_peft(
     assert torch.equal(first(x), again(x)), "the seed decides the start"
     start, direction = state(first), torch.randn(3, encoder.width, generator=g)
     if first.train()(x).requires_grad:
-        sgd = torch.optim.SGD([p for p in first.parameters() if p.requires_grad], lr=.1)
+        sgd = torch.optim.SGD([p for p in first.parameters() if p.requires_grad], lr=lr)
         for _ in range(3):
             sgd.zero_grad(); (first(x) * direction).sum().backward(); sgd.step()
         assert any(not torch.equal(v, start[k]) for k, v in state(first).items()), "nothing was trained"

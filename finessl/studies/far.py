@@ -4,13 +4,12 @@
 
 # %% auto #0
 __all__ = ['LEVELS', 'NOISE', 'CONTRAST', 'STROKE', 'KINDS', 'ROWS', 'LABELS', 'SPLITS', 'UNLABELLED', 'make_stranger', 'FarLab',
-           'near_lab', 'far_lab', 'plan_runs', 'all_labels', 'run_job', 'run_key', 'load_far', 'main']
+           'near_lab', 'far_lab', 'plan_runs', 'all_labels', 'run_job', 'run_key', 'main']
 
 # %% ../../nbs/studies/far.ipynb #7e2086c7
 import argparse, functools, os, sys, time
 from pathlib import Path
 from types import MappingProxyType
-import pandas as pd
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -19,12 +18,10 @@ from ..anchored import AnchoredFineSSL
 from ..data import generator
 from ..engine.batches import VIEW_STRONG, VIEW_WEAK
 from ..engine.feature_table import cache_folder
-from ..engine.storage import read_records
 from ..engine.torch_state import fresh_torch
 from ..lab import CachedDigits, Lab, cache_views, lab_run, linear_probe, logistic_probe, zero_shot
 from ..pseudo_labels import FixMatch, SupervisedOnly
 from .runner import run_jobs
-from .statistics import paired_t_interval
 from ..views import default_views
 
 # %% ../../nbs/studies/far.ipynb #779c0780
@@ -113,14 +110,6 @@ def run_key(r: dict) -> tuple: # a job or its record
     return r["kind"], r["level"], r["row"], r["n_per_class"]
 
 # %% ../../nbs/studies/far.ipynb #012ec633
-def load_far(path) -> pd.DataFrame: # kind, level, row, N, seed, accuracy in per cent
-    "All splits; step 0 stands under each kind."
-    lines = [{"kind": kind, "level": r["level"], "row": r["row"], "N": r["n_per_class"], "seed": s, "accuracy": a}
-             for r in read_records(path) for kind in (KINDS if r["level"] == 0 else (r["kind"],))
-             for s, a in zip(r["seeds"], r["accuracy"], strict=True)]
-    if not lines: raise FileNotFoundError(f"no records in {path}: run `python -m finessl.studies.far`")
-    return pd.DataFrame(lines)
-
 def main(argv=None) -> int: # exit code: 1 where a run broke
     "The command."
     ap = argparse.ArgumentParser("python -m finessl.studies.far", description=(
