@@ -146,7 +146,7 @@ def test_review_refuses_a_port_in_use_and_images_without_files(run, seen, refuse
         assert "cannot be had" in refused("review", "--run", "run", "--port", server.server_port)
     assert "is read by this command" in refused("review", "--run", "run", "--out", "labels.csv", "--overwrite")
     (tmp_path / "theirs.csv").write_bytes(b"file,label,split\r\nzebra.png,=1+1,\r\n")
-    assert "names no image or class of this run" in refused("review", "--run", "run", "--out", tmp_path / "theirs.csv")
+    assert "names no image of this run" in refused("review", "--run", "run", "--out", tmp_path / "theirs.csv")
     assert not (tmp_path / "t.csv").exists()                                 # nothing was corrected
 
 
@@ -257,6 +257,16 @@ def test_open_filter_correct_reload_undo(browser, served):
     assert table(out)[name[others]] == escaped[label[others]]
     assert browser.title == "run – finessl"                                  # no name has run
     assert [m for m in browser.get_log("browser") if m["level"] == "SEVERE"] == []
+
+    choose(browser, f'#found [data-i="{others}"] select', "new")             # a class that the run did not know
+    alert = browser.switch_to.alert
+    alert.send_keys(" <i>dog "), alert.accept()
+    until(lambda: browser.find_element("id", "status").text.startswith("3 labels changed"))
+    assert table(out)[name[others]] == "<i>dog"
+    choose(browser, f'#found [data-i="{mine[0]}"] select', 3)                # every card offers it now
+    until(lambda: table(out)[name[mine[0]]] == "<i>dog")
+    for _ in range(2): browser.find_element("id", "undo").click(), time.sleep(.3)
+    until(lambda: browser.find_element("id", "status").text.startswith("2 labels changed"))
 
     browser.get(start().address)                                             # another day
     until(lambda: browser.find_element("id", "status").text.startswith("2 labels changed"))

@@ -1,5 +1,5 @@
 """The rivals of FineSSL and its anchored form: saved and resumed, in processes and pieces, no wait for the device."""
-import io, json, re, signal
+import functools, io, json, re, signal
 from pathlib import Path
 
 import pytest
@@ -67,9 +67,12 @@ def outcome(folder: Path):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    "Every run in one process, undisturbed: name -> folder, run."
-    folders = {name: tmp_path_factory.mktemp("whole") for name in RIVALS}
-    return {name: (folders[name], run(algorithm, out=folders[name])) for name, algorithm in RIVALS.items()}
+    "A run in one process, undisturbed, made when it is first asked for: name -> folder, run."
+    @functools.cache
+    def made(name):
+        folder = tmp_path_factory.mktemp("whole")
+        return folder, run(RIVALS[name], out=folder)
+    return made
 
 
 # ---------------------------------------------------------------- the state
@@ -113,7 +116,7 @@ def test_a_state_of_another_size_is_refused():
 @each
 def test_a_run_keeps_some_and_not_all(whole, name):
     "What the tests below compare is at work."
-    _, r = whole[name]
+    _, r = whole(name)
     kept = [e["mask_ratio"] for e in r.record["evaluations"]]
     assert .02 < min(kept) < .9 and len(set(kept)) > 1
     assert r.record["algorithm"]["name"] == type(RIVALS[name]).__name__
@@ -134,7 +137,7 @@ def test_a_resume_is_exact(whole, tmp_path, monkeypatch, name, after):
     monkeypatch.undo()
     r = run(RIVALS[name], out=tmp_path / "run", resume=True)
     assert r.record["resumes"][0]["step"] == after
-    assert outcome(tmp_path / "run") == outcome(whole[name][0])
+    assert outcome(tmp_path / "run") == outcome(whole(name)[0])
 
 
 def test_pseudo_label_learns_weak_views_unless_told_otherwise():
@@ -169,37 +172,31 @@ def in_each():
     return {name: result(run(algorithm)) for name, algorithm in RIVALS.items()}
 
 
-@pytest.fixture(scope="module")
-def two():
-    "Every run in two processes."
-    return launch(2, in_each, threads=1)
-
-
-def same(a, b):
+def same(a, b, name=None):
     "Assert that two results are equal to float rounding: losses, what is kept, and weights."
     for x, y in zip(a[0]["evaluations"], b[0]["evaluations"], strict=True):
-        assert abs(x["loss"] / y["loss"] - 1) < CLOSE, (x, y)
-        assert x["mask_ratio"] == y["mask_ratio"] and x["pool_pl_counts"] == y["pool_pl_counts"], (x, y)
-    for k, v in a[1].items(): assert (v - b[1][k]).abs().max() < CLOSE, k
+        assert abs(x["loss"] / y["loss"] - 1) < CLOSE, (name, x, y)
+        assert x["mask_ratio"] == y["mask_ratio"] and x["pool_pl_counts"] == y["pool_pl_counts"], (name, x, y)
+    for k, v in a[1].items(): assert (v - b[1][k]).abs().max() < CLOSE, (name, k)
 
 
-@each
-def test_two_processes_train_as_one(whole, two, name):
-    assert two[name][0]["processes"] == 2
-    same(two[name], result(whole[name][1]))
+def test_two_processes_train_as_one(whole):
+    for name, two in launch(2, in_each, threads=1).items(): # every run, in the same two processes
+        assert two[0]["processes"] == 2, name
+        same(two, result(whole(name)[1]), name)
 
 
 @pytest.mark.slow
 def test_two_processes_of_a_command(whole):
     "As the command line starts them."
     name = "FreeMatch"
-    same(result(fit_distributed(2, few(), load_backbone("pocket"), RIVALS[name], **SETTINGS)), result(whole[name][1]))
+    same(result(fit_distributed(2, few(), load_backbone("pocket"), RIVALS[name], **SETTINGS)), result(whole(name)[1]))
 
 
 @each
 def test_pieces_give_the_same_update(whole, name):
     "Four pieces that do not divide the batch."
-    same(result(run(RIVALS[name], accumulate=4)), result(whole[name][1]))
+    same(result(run(RIVALS[name], accumulate=4)), result(whole(name)[1]))
 
 
 # ---------------------------------------------------------------- the device

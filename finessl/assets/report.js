@@ -2,7 +2,7 @@
 (() => {
   const $ = id => document.getElementById(id), data = JSON.parse($("data").textContent);
   const { classes, images, thumbs, review } = data, PAGE = 48, parts = ["labelled", "pool", "test"];
-  const n = images.pred.length, labels = images.label.slice(), doubtful = new Set(data.doubtful);
+  const n = images.pred.length, known = classes.length, labels = images.label.slice(), doubtful = new Set(data.doubtful);
   const make = (tag, text, name) => {
     const e = document.createElement(tag);
     if (text !== undefined) e.textContent = text;
@@ -40,9 +40,14 @@
     if (f.querySelector("img")) f.querySelector("img").src = "image/" + i;
     const select = make("select");
     select.setAttribute("aria-label", "label of " + images.name[i]);
-    select.append(new Option("no label", -1), ...classes.map((c, k) => new Option(c, k)));
+    select.append(new Option("no label", -1), ...classes.map((c, k) => new Option(c, k)), new Option("another class …", "new"));
     select.value = labels[i];
-    select.addEventListener("change", () => send("label", { image: i, label: +select.value }));
+    select.addEventListener("change", () => {
+      if (select.value !== "new") return send("label", { image: i, label: +select.value });
+      select.value = labels[i];
+      const name = prompt("Which class is " + images.name[i] + "?");
+      if (name && name.trim()) send("label", { image: i, label: name });
+    });
     const accept = make("button", "✓ " + nameOf(images.pred[i]));
     accept.type = "button";
     accept.setAttribute("aria-label", "label " + images.name[i] + " as " + nameOf(images.pred[i]));
@@ -54,7 +59,9 @@
     return f;
   }
   function show(f, i) {
-    f.querySelector("select").value = labels[i];
+    const select = f.querySelector("select"), last = select.options.length - 1;
+    for (let k = last - 1; k < classes.length; k++) select.add(new Option(classes[k], k), k + 1);
+    select.value = labels[i];
     f.querySelector("button").disabled = labels[i] === images.pred[i];
     f.classList.toggle("changed", changed.has(i));
   }
@@ -100,6 +107,9 @@
 
   // ---- review: the server holds the truth, the page shows it
   function take(state) {
+    const named = state.new.slice(classes.length - known); // classes that the run does not know
+    classes.push(...named);
+    if (named.length) for (const [i, all] of cards) for (const f of all) show(f, i);
     const touched = new Set([...changed.keys(), ...Object.keys(state.labels).map(Number)]);
     changed.clear();
     for (const [i, k] of Object.entries(state.labels)) changed.set(+i, k);
