@@ -834,7 +834,8 @@ WRONG |= {
 @pytest.mark.parametrize("number", RUN)
 def test_a_stub_fails_and_its_solution_passes_with_nothing_but_the_imports(number):
     e = exercises[number][1]
-    assert check(number, e.stub), "the check is green before anything is done"
+    assert (why := check(number, e.stub)), "the check is green before anything is done"
+    assert " " in why, f"an untouched stub is told {why!r} and nothing else"
     assert not (why := check(number, e.solution)), why
     if e.bonus: assert check(number, e.stub, bonus=True) and not check(number, e.solution, bonus=True)
 
