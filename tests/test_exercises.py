@@ -878,6 +878,7 @@ def test_numbers_as_textbooks_round_them_are_taken_and_wrong_ideas_are_not():
     for number, (_, e) in exercises.items():
         if e.kind not in ("by hand", "experiment"): continue
         name = defined_names(e.stub)[0]
+        assert f'check_number("{number}", {name})' in e.check, "the answer does not stand below the question"
         assert number in NEAR and number in FAR, f"no numbers for {number}"
         for v in NEAR[number]: assert not check(number, f"{name} = {v}"), (number, v)
         for v in FAR[number]: assert check(number, f"{name} = {v}"), (number, v)

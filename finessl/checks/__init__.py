@@ -68,6 +68,7 @@ def result_of(
     assert got is not None, f"{call} returned nothing"
     return got
 
+# %% ../../nbs/00_start.ipynb #00c10002
 def expect(
     f, # an implementation
     args, # tuple of arguments for it: a small input
