@@ -8,7 +8,7 @@ __all__ = ['reference_prompts', 'assert_same_features', 'check_vpt', 'check_toke
 # %% ../../nbs/checks/00_peft.ipynb #59e864f6
 import math
 import torch
-from . import assert_close, expect, expect_refusal, raises
+from . import assert_close, expect, expect_refusal, raises, result_of
 from .backbone import tiny_encoder
 
 # %% ../../nbs/12_peft.ipynb #742b0978
@@ -143,7 +143,7 @@ def check_prompted_layer(f):
         layer = lambda h, p: f(block, h, p)
         want, given = whole(prompts), h.clone()
         tol = 1e-4 * float(want.abs().max())
-        got = layer(h, prompts)
+        got = result_of(layer, (h, prompts), kind)
         assert got.shape == h.shape, f"{kind}: 2 × 5 tokens and 3 prompts gave {tuple(got.shape)}, expected (2, 5, 48)"
         expect(layer, (h, prompts), want, f"{kind}: the library's block on tokens and prompts, prompts cut off", tol)
         expect(layer, (h, prompts[:0]), block.module(h), f"{kind}: no prompts, the block as it is", tol)
