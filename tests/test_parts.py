@@ -301,3 +301,27 @@ def test_the_limit_of_pixels_reaches_files(root):
     assert image_lists(root, image_size=12, max_megapixels=1e-3).x_lb[:].shape == (6, 3, 12, 12)
     with pytest.raises(DataError, match="megapixels"): image_lists(root, max_megapixels=1e-4).x_lb[:]
     assert parts.list_images(root / "unlabelled").files
+
+
+def test_classes_that_differ_in_case_alone_are_named(root, notes):
+    if (root / "train/CAT").exists(): return                   # one folder, where case means nothing
+    save(root / "train/Cat/1.png", 90)
+    image_folder(root, image_size=12)
+    assert "'Cat' and 'cat' differ in upper and lower case alone" in notes()
+
+
+@pytest.mark.parametrize("name", ["cat\u200b", "cat ", "\u202ecat"], ids=ascii)
+def test_classes_that_look_alike_are_refused(root, name):
+    save(root / "train" / name / "1.png", 90)
+    with pytest.raises(DataError, match="two folders whose names look the same"): image_folder(root, image_size=12)
+
+
+def test_what_a_cloud_has_not_downloaded_is_named(root, notes):
+    (root / "train/cat/.9.png.icloud").write_bytes(b"bplist")
+    image_folder(root, image_size=12)
+    assert "1 x .icloud (images that iCloud has not downloaded)" in notes()
+
+
+@pytest.mark.parametrize("wrong", [True, None, 5, "yes"], ids=str)
+def test_what_may_be_unreadable_is_a_word_or_names(root, wrong):
+    with pytest.raises(DataError, match="unreadable must be"): image_folder(root, image_size=12, unreadable=wrong)
