@@ -325,3 +325,26 @@ def test_what_a_cloud_has_not_downloaded_is_named(root, notes):
 @pytest.mark.parametrize("wrong", [True, None, 5, "yes"], ids=str)
 def test_what_may_be_unreadable_is_a_word_or_names(root, wrong):
     with pytest.raises(DataError, match="unreadable must be"): image_folder(root, image_size=12, unreadable=wrong)
+
+
+def test_a_pool_that_lies_among_the_classes_is_named(root, notes):
+    save(root / "train/unlabelled/1.png", 90)
+    image_folder(root, image_size=12)
+    assert "unlabelled is read as a class; where its images have none, put it beside train/" in notes()
+
+
+def test_slips_in_a_list_are_named_with_their_line(tmp_path):
+    (tmp_path / "l.txt").write_text("x/1.png a\nx/2.png b\t \n", encoding="utf-8")
+    assert read_list(tmp_path / "l.txt") == [("x/1.png", "a"), ("x/2.png", "b")]
+    for text, says in {"x/1.png a\nx/2.png a\u200b\n": "line 2: label 'a.u200b' looks like 'a'",
+                       'x/1.png a\n"' + "a" * 200_000 + ",x\n": "line 2: this is no line of a list"}.items():
+        (tmp_path / "l.txt").write_text(text, encoding="utf-8")
+        with pytest.raises(DataError, match=says): read_list(tmp_path / "l.txt")
+
+
+def test_accents_in_a_list_are_those_on_the_disk(tmp_path):
+    apart, together = (unicodedata.normalize(form, "ä.png") for form in ("NFD", "NFC"))
+    save(tmp_path / apart)
+    (tmp_path / "l.txt").write_text(f"{together} a\n", encoding="utf-8")
+    (path, _), = read_list(tmp_path / "l.txt")
+    assert (tmp_path / path).exists()

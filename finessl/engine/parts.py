@@ -123,6 +123,8 @@ def class_folders(folder: Path) -> dict[str, Listing]: # name -> its files, sort
             if seen.setdefault(visible(name), name) != name or name in listings:
                 raise DataError(f"{folder} holds two folders whose names look the same, {name!r}; make one of them")
             listings[name] = list_images(e)
+            if _plain(name) in PARTS["unlabelled"]:
+                say_once(f"{e} is read as a class; where its images have none, put it beside {folder.name}/")
         elif ending in image_extensions():
             raise DataError(f"{e} lies outside the class folders; put it into {folder.name}/<class>/, "
                             "or into unlabelled/")
