@@ -32,7 +32,7 @@ from .engine.prefetch import default_prefetch_depth, make_fetcher, prefetch
 from .engine.processes import ProcessGroup, fail_together
 from .engine.progress import Period, ProgressBar, Timer
 from .engine.recovery import EVAL_ADVICE, explained, memory_advice, step_advice
-from .engine.runs import TrainedRun, load_run, run_folder, save_run
+from .engine.runs import TrainedRun, as_folder, load_run, run_folder, save_run
 from .engine.schedule import SHORT_SCHEDULE, Schedule, change_schedule, cosine_lr, pace_is_due
 from .engine.settings import build_settings, validate, python_numbers, run_info
 from .engine.signals import GracefulStop, stop_on_signal
@@ -276,7 +276,7 @@ def fit(
 ) -> TrainedRun:
     "Train prompts and heads on a frozen encoder with any algorithm; the paper's constants are the defaults."
     settings, runtime = read_keywords(settings, runtime, keywords)
-    folder, group = None if out is None else Path(out).expanduser(), ProcessGroup(runtime.device)
+    folder, group = None if out is None else as_folder(out), ProcessGroup(runtime.device)
     with fresh_torch(), fail_together(group):
         given = prepare(dataset, backbone, algorithm, settings, runtime, group, folder if resume else None)
         mine, reads = folder if group.is_main else None, [getattr(given.encoder, "checkpoint", None)]

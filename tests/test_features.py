@@ -238,3 +238,30 @@ def test_tables_that_nobody_opens_go_and_nothing_else_does(tmp_path):
     FeatureTable("f" * 16, 4, tmp_path)                        # a new one
     assert not old.exists() and (used / "rows").exists() and (other / "rows").exists()
     assert (shared / "note.txt").read_text() == (named / "rows").read_text() == "mine" and link.is_symlink()
+
+
+def test_whatever_lies_where_a_table_should_ends_no_run(cache, tmp_path, capsys):
+    wrong = {"rows": [lambda p: p.mkdir(), lambda p: p.write_bytes(b"x")],
+             "keys": [lambda p: p.write_bytes(b"z" * 4000), lambda p: p.mkdir()]}
+    if os.name == "posix":
+        (tmp_path / "mine").write_bytes(b"precious")
+        wrong["keys"] += [os.mkfifo, lambda p: p.symlink_to(tmp_path / "mine")]
+        wrong["rows"] += [os.mkfifo]
+    encoder = load_backbone("pocket")
+    view = default_views(DATA, encoder).eval_view
+    for i, (name, make) in enumerate((n, m) for n, makes in wrong.items() for m in makes):
+        folder = tmp_path / f"cache-{i}"
+        good, at = stored_features(encoder, DATA.x_test[:4], view, folder)
+        table, = folder.iterdir()
+        (table / name).unlink()
+        make(table / name)
+        again, places = stored_features(encoder, DATA.x_test[:4], view, folder)
+        assert torch.equal(again[places], good[at]), (name, i)
+    if os.name == "posix": assert (tmp_path / "mine").read_bytes() == b"precious"
+
+
+def test_a_user_without_a_home_trains(monkeypatch, capsys):
+    from finessl.engine.atomic import say_once
+    say_once.cache_clear()
+    monkeypatch.setenv("FINESSL_CACHE", "~nobody-is-called-this/cache")
+    assert cache_folder() is None and "there is no home folder" in capsys.readouterr().err

@@ -1,5 +1,5 @@
 "A resume goes on over the same images, wherever they lie now, and over no others."
-import shutil, signal
+import os, shutil, signal
 import numpy as np
 import pytest
 import torch
@@ -14,6 +14,7 @@ from finessl.engine.fingerprint import digest_files, file_digest, image_codes, p
 from finessl.engine.folders import image_folder, image_lists
 from finessl.engine.images import ImageFiles
 from finessl.engine.schedule import Schedule
+from finessl.engine.storage import lock_folder
 from finessl.training import fit
 
 
@@ -152,3 +153,26 @@ def test_large_tensors_are_sampled():
     x = torch.zeros(1, 3, 8192, 8192, dtype=torch.uint8).expand(40, -1, -1, -1) # 8 GB, were it copied
     ds = Dataset(x, torch.zeros(40, dtype=torch.int64), x, torch.zeros(40), x[:0], torch.zeros(0), ("a", "b"))
     assert len(set(image_codes(ds).values())) == 3
+
+
+def test_files_named_in_several_ways_have_a_code(root, monkeypatch):
+    monkeypatch.chdir(root)
+    whole = part_code(ImageFiles([root / "train/cat/0.bmp", root / "train/dog/0.bmp"], 32))
+    mixed = [root / "train/cat/0.bmp", "train/dog/0.bmp"], [os.fsencode(root / "train/cat/0.bmp"), "train/dog/0.bmp"]
+    assert [part_code(ImageFiles(files, 32)) for files in mixed] == [whole] * 2
+
+
+def test_a_checkpoint_of_a_stranger_is_no_traceback(root, tmp_path, encoder):
+    import io, hashlib, pickle
+    for content in (b"", b"garbage", pickle.dumps(os.getcwd), [1], {"settings": 5},
+                    {"format": 99, "settings": "{}"}):
+        payload = io.BytesIO()
+        if not isinstance(content, bytes): torch.save(content, payload)
+        body = content if isinstance(content, bytes) else payload.getvalue()
+        with lock_folder(tmp_path / "run") as held:
+            held.write("checkpoint.pt", hashlib.sha256(body).digest() + body)
+        newer = isinstance(content, dict) and "format" in content
+        says = "a newer version" if newer else "is torn, or not a checkpoint"
+        with pytest.raises(TrainingError, match=says):
+            fit(image_folder(root, image_size=32), encoder, FineSSL(), steps=2, batch=4, n_prompts=2, evals=1,
+                out=tmp_path / "run", resume=True, progress=False)

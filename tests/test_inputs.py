@@ -8,6 +8,8 @@ from PIL import Image
 from torch import nn
 from finessl.algorithms import FineSSL
 from finessl.data import Dataset, digits
+from finessl.engine.errors import DataError
+from finessl.engine.inputs import as_images
 from finessl.engine.runs import load_run
 from finessl.training import Runtime, Schedule, Settings, fit
 
@@ -130,3 +132,80 @@ def test_a_module_is_neither_trained_nor_changed(tmp_path):
 
 def test_a_vit_of_timm_is_taken_apart():
     assert fit(DATA, tiny_vit(), FineSSL(), **SHORT).record["n_prompts"] > 0
+
+
+PICTURE = Image.fromarray(np.random.RandomState(0).randint(0, 255, (24, 24, 3), dtype=np.uint8))
+
+
+@pytest.mark.parametrize("mode", ["HSV", "RGBX", "RGBa", "PA", "La", "LA", "CMYK", "YCbCr", "I;16", "1", "P"])
+def test_pictures_of_every_mode_are_read(mode):
+    grey = mode in ("PA", "La", "LA", "I;16", "1")
+    picture = PICTURE.convert("LA" if mode in ("PA", "La") else "RGBA" if mode == "RGBa" else
+                              "I" if mode == "I;16" else "RGB").convert(mode)
+    out = as_images(picture, 24)
+    assert out.shape == (1, 3, 24, 24) and (grey or (out[0].float() - as_images(PICTURE, 24)[0]).abs().mean() < 20)
+
+
+def test_what_stands_beside_the_pixels_of_a_picture_fails_nothing():
+    for key, value in (("exif", b"Exif\0\0garbage"), ("icc_profile", 5)):
+        picture = PICTURE.copy()
+        picture.info[key] = value
+        assert (as_images(picture, 24) == as_images(PICTURE, 24)).all()
+    picture = PICTURE.copy()
+    picture.getexif()[0x010e] = object()
+    assert (as_images(picture, 24) == as_images(PICTURE, 24)).all()
+    turned = PICTURE.copy()
+    turned.getexif()[0x0112] = 6
+    assert (as_images(turned, 24)[0] == as_images(PICTURE.transpose(Image.Transpose.ROTATE_270), 24)[0]).all()
+
+
+def closed():
+    picture = PICTURE.copy()
+    picture.close()
+    return picture
+
+
+@pytest.mark.parametrize("wrong, says", [
+    (Image.new("RGB", (0, 0)), "images has no pixels"), (PICTURE.convert("L").convert("F"), "floating-point"),
+    (np.zeros((4, 4), "uint16"), "got torch.uint16 from 0 to 0"), (np.zeros(3, [("a", "u1")]), "must be uint8"),
+    (np.full((4, 4), 7, ">u2"), "from 7 to 7"), (torch.zeros(3, 4, 4).to_sparse(), "got a sparse one"),
+    (torch.zeros(3, 4, 4, device="meta"), "got a meta one"), (memoryview(b"abc"), "got memoryview"),
+    (pytest.importorskip("pandas").DataFrame({"file": ["a.png"]}), "got DataFrame")], ids=lambda v: str(v)[:20])
+def test_an_image_that_is_none_is_named(wrong, says):
+    with pytest.raises(DataError, match=says) as e: as_images(wrong, 24)
+    assert "finessl-" not in str(e.value)                      # no name of a temporary file
+
+
+IMAGES, LABELS = torch.zeros(4, 3, 8, 8, dtype=torch.uint8), torch.tensor([0, 1, 0, 1])
+
+
+def test_labels_are_whole_numbers_of_any_library():
+    pairs = lambda label: [(x, label(y)) for x, y in zip(IMAGES, LABELS.tolist())]
+    for kind in (float, np.float64, np.uint8, np.array, torch.tensor, bool, lambda y: torch.tensor(float(y))):
+        assert Dataset.from_torch(pairs(kind)).y_lb.tolist() == [0, 1, 0, 1]
+    for kind in (lambda y: torch.tensor(y + .7), lambda y: torch.tensor(float("nan")), lambda y: y + .5, str):
+        with pytest.raises(DataError, match=r"the label of labelled\[0\] must be a whole number"):
+            Dataset.from_torch(pairs(kind))
+    with pytest.raises(DataError, match="labels go up to 1000000000"):
+        Dataset.from_torch(pairs(lambda y: 10**9 * y))         # before a name is made for each
+    with pytest.raises(DataError, match="without a label"): Dataset.from_torch(pairs(lambda y: -1))
+
+
+@pytest.mark.parametrize("given, says", [
+    (dict(labelled=(IMAGES, LABELS[:3])), "4 images and 3 labels"), (dict(labelled="photos"), "must be a data set"),
+    (dict(labelled=[(x, 0, 1) for x in IMAGES]), "got tuple of 3"), (dict(classes=5), "must be the names"),
+    (dict(labelled=[{"image": x, "label": 0} for x in IMAGES]), "got dict of 2"), (dict(classes="ab"), "the names"),
+    (dict(image_size=10**6), "image_size must be"), (dict(image_size="24"), "image_size must be")], ids=str)
+def test_data_sets_of_torch_that_are_none_are_named(given, says):
+    with pytest.raises(DataError, match=says): Dataset.from_torch(**{"labelled": (IMAGES, LABELS)} | given)
+
+
+def test_a_pool_may_be_a_tensor_or_an_array():
+    for pool in (IMAGES, IMAGES.numpy()):
+        assert len(Dataset.from_torch((IMAGES, LABELS), pool, (IMAGES, LABELS)).x_ulb) == 8
+
+
+def test_two_classes_of_one_name_are_refused_before_the_first_step():
+    for names in (("a", "a"), (0, "0")):
+        data = Dataset.from_torch((IMAGES, LABELS))._replace(classes=names)
+        with pytest.raises(DataError, match="two classes are called"): fit(data, "pocket", FineSSL(), **SHORT)

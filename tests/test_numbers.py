@@ -1,11 +1,13 @@
 "Absurd numbers are refused at once with their limit; a launcher's variables are meant, harmless, or one sentence."
-import resource, threading, time
+import decimal, resource, threading, time
 import pytest
+import torch
 from finessl.algorithms import FineSSL
 from finessl.backbone import load_backbone
 from finessl.cli.main import main
 from finessl.data import digits
 from finessl.engine.errors import MOST, SEEDS, BackboneError, UsageError
+from finessl.engine.images import ImageFiles
 from finessl.engine.processes import ProcessGroup, said_if_it_lasts
 from finessl.pseudo_labels import FixMatch
 from finessl.training import fit
@@ -98,3 +100,35 @@ def test_who_waits_for_others_says_so(capsys):
     assert "process 0 of 3 waits up to 600 s" in said and "WORLD_SIZE" in said
     with said_if_it_lasts(1, 3, 600., seconds=30): pass
     assert capsys.readouterr().err == "" and threading.active_count() <= before + 1
+
+
+@pytest.mark.parametrize("name", ["lr", "momentum", "weight_decay", "checkpoint_minutes"])
+@pytest.mark.parametrize("value", [True, 10**400, float("nan"), decimal.Decimal("0.1"), "0.1", torch.tensor([.1, .2])],
+                         ids=str)
+def test_a_number_is_one_number(name, value):
+    with pytest.raises(ValueError, match=f"{name} must"): fit(DATA, "pocket", FineSSL(), **{name: value})
+    with pytest.raises(ValueError, match="gamma must"): FineSSL(gamma=value)
+
+
+@pytest.mark.parametrize("wrong", [5, (1,), (1, 2, 3), "ab", (True, 1), (10**9, 1)], ids=str)
+def test_stored_views_are_two_numbers(wrong):
+    with pytest.raises(ValueError, match="stored_views"):
+        fit(DATA, "pocket", FineSSL(), peft="linear", stored_views=wrong)
+
+
+@pytest.mark.parametrize("device", ["tpu", "meta", 5.5], ids=str)
+def test_a_device_is_one_that_computes(device, monkeypatch):
+    with pytest.raises(ValueError, match="device must be one that computes"):
+        fit(DATA, "pocket", FineSSL(), device=device)
+    monkeypatch.setenv("FINESSL_DEVICE", "tpu")
+    with pytest.raises(ValueError, match="got 'tpu' from FINESSL_DEVICE"): ProcessGroup()
+
+
+@pytest.mark.parametrize("out", ["", " ", "a\0b", "~nobody-is-called-this/x"])
+def test_a_run_needs_a_folder_with_a_name(out):
+    with pytest.raises(ValueError, match="name"): fit(DATA, "pocket", FineSSL(), out=out)
+
+
+@pytest.mark.parametrize("size", [0, True, 10**6, "24"], ids=str)
+def test_sizes_of_images_have_a_limit(size):
+    with pytest.raises(ValueError, match="size must be a whole number from 1 to 8192"): ImageFiles([], size)

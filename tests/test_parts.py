@@ -301,3 +301,50 @@ def test_the_limit_of_pixels_reaches_files(root):
     assert image_lists(root, image_size=12, max_megapixels=1e-3).x_lb[:].shape == (6, 3, 12, 12)
     with pytest.raises(DataError, match="megapixels"): image_lists(root, max_megapixels=1e-4).x_lb[:]
     assert parts.list_images(root / "unlabelled").files
+
+
+def test_classes_that_differ_in_case_alone_are_named(root, notes):
+    if (root / "train/CAT").exists(): return                   # one folder, where case means nothing
+    save(root / "train/Cat/1.png", 90)
+    image_folder(root, image_size=12)
+    assert "'Cat' and 'cat' differ in upper and lower case alone" in notes()
+
+
+@pytest.mark.parametrize("name", ["cat\u200b", "cat ", "\u202ecat"], ids=ascii)
+def test_classes_that_look_alike_are_refused(root, name):
+    save(root / "train" / name / "1.png", 90)
+    with pytest.raises(DataError, match="two folders whose names look the same"): image_folder(root, image_size=12)
+
+
+def test_what_a_cloud_has_not_downloaded_is_named(root, notes):
+    (root / "train/cat/.9.png.icloud").write_bytes(b"bplist")
+    image_folder(root, image_size=12)
+    assert "1 x .icloud (images that iCloud has not downloaded)" in notes()
+
+
+@pytest.mark.parametrize("wrong", [True, None, 5, "yes"], ids=str)
+def test_what_may_be_unreadable_is_a_word_or_names(root, wrong):
+    with pytest.raises(DataError, match="unreadable must be"): image_folder(root, image_size=12, unreadable=wrong)
+
+
+def test_a_pool_that_lies_among_the_classes_is_named(root, notes):
+    save(root / "train/unlabelled/1.png", 90)
+    image_folder(root, image_size=12)
+    assert "unlabelled is read as a class; where its images have none, put it beside train/" in notes()
+
+
+def test_slips_in_a_list_are_named_with_their_line(tmp_path):
+    (tmp_path / "l.txt").write_text("x/1.png a\nx/2.png b\t \n", encoding="utf-8")
+    assert read_list(tmp_path / "l.txt") == [("x/1.png", "a"), ("x/2.png", "b")]
+    for text, says in {"x/1.png a\nx/2.png a\u200b\n": "line 2: label 'a.u200b' looks like 'a'",
+                       'x/1.png a\n"' + "a" * 200_000 + ",x\n": "line 2: this is no line of a list"}.items():
+        (tmp_path / "l.txt").write_text(text, encoding="utf-8")
+        with pytest.raises(DataError, match=says): read_list(tmp_path / "l.txt")
+
+
+def test_accents_in_a_list_are_those_on_the_disk(tmp_path):
+    apart, together = (unicodedata.normalize(form, "ä.png") for form in ("NFD", "NFC"))
+    save(tmp_path / apart)
+    (tmp_path / "l.txt").write_text(f"{together} a\n", encoding="utf-8")
+    (path, _), = read_list(tmp_path / "l.txt")
+    assert (tmp_path / path).exists()

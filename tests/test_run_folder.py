@@ -295,3 +295,15 @@ def test_a_run_in_the_folder_where_one_is(tmp_path, monkeypatch):
         with lock_folder(path) as run: run.write("record.json", b"{}")
         with lock_folder(path) as run: assert run.read("record.json") == b"{}"
     assert files(tmp_path) == [MARKER, "record.json", "run"]
+
+
+@posix
+def test_a_link_to_nothing_and_a_folder_that_went_are_named(tmp_path, monkeypatch):
+    (tmp_path / "link").symlink_to(tmp_path / "none")
+    with pytest.raises(TrainingError, match="is a link to nothing; a run needs a folder"):
+        with lock_folder(tmp_path / "link"): pass
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    (tmp_path / "here").rmdir()
+    with pytest.raises(TrainingError, match="the current folder, which was removed"):
+        with lock_folder("run"): pass

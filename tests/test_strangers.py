@@ -242,3 +242,45 @@ def test_processes_import_what_their_parent_imports(tmp_path):
     env = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.stdout == "7\n", done.stderr
+
+
+@pytest.mark.parametrize("change", [
+    {"checkpoint": ["a"]}, {"checkpoint": 5}, {"checkpoint": "a\0b"}, {"checkpoint": "x" * 5000}, {"n_prompts": True},
+    {"read_size": 2**14}, {"mean": [10**400] * 3}, {"std": [1e-320] * 3}, {"peft": "of-tomorrow"},
+    {"labelled_files": 5}, {"labelled_files": [{}]}, {"evaluations": 5}, {"evaluations": [1]}, {"dataset": "x"},
+    {"symptoms": [1]}, {"symptoms": [{}]}, {"schedule": [1]}, {"versions": 5}], ids=str)
+def test_no_key_of_a_record_is_believed(folder, tmp_path, change, capsys):
+    shutil.copytree(folder, tmp_path / "run")
+    record = json.loads((folder / "record.json").read_text(encoding="utf-8")) | change
+    (tmp_path / "run/record.json").write_text(json.dumps(record), encoding="utf-8")
+    Image.new("RGB", (9, 9)).save(tmp_path / "a.png")
+    code = main(["predict", "--run", str(tmp_path / "run"), str(tmp_path / "a.png")])
+    said = capsys.readouterr().err
+    assert code == 2 and said.count("\n") == 1 and str(tmp_path / "run") in said and "FINESSL_DEBUG" not in said
+
+
+def test_a_record_that_notepad_has_saved(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "run")
+    content = (folder / "record.json").read_text(encoding="utf-8")
+    (tmp_path / "run/record.json").write_text(content, encoding="utf-8-sig")
+    assert load_run(tmp_path / "run").classes == load_run(folder).classes
+
+
+@posix
+@pytest.mark.parametrize("name", ["record.json", "model.safetensors"])
+def test_no_command_waits_for_a_pipe_in_a_run(folder, tmp_path, name, capsys):
+    shutil.copytree(folder, tmp_path / "run")
+    Image.new("RGB", (9, 9)).save(tmp_path / "a.png")
+    for make in (os.mkfifo, os.mkdir, lambda path: os.symlink("/dev/zero", path)):
+        path = tmp_path / "run" / name
+        path.rmdir() if path.is_dir() else path.unlink()
+        make(path)
+        for command in (["predict", str(tmp_path / "a.png")], ["export", "--format", "torch"], ["report"]):
+            code, said = main([*command, "--run", str(tmp_path / "run")]), capsys.readouterr().err
+            assert code == 2 and said.count("\n") == 1, said
+
+
+def test_weights_larger_than_the_model_are_not_read(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "run")
+    os.truncate(tmp_path / "run/model.safetensors", 2**36)
+    with pytest.raises(ValueError, match="is larger than"): load_run(tmp_path / "run")

@@ -4,14 +4,16 @@
 
 # %% auto #0
 __all__ = ['SUGGEST', 'HEAD', 'READ_SIZE', 'add_columns', 'add_labels', 'check_label_options', 'load_labels', 'add_suggest',
-           'load_describer', 'describe_images', 'read_labelled', 'suggest_command', 'save_suggestions']
+           'load_describer', 'describe_images', 'read_labelled', 'suggestion_lines', 'check_labels_kept',
+           'suggest_command', 'save_suggestions']
 
 # %% ../../nbs/cli/labels.ipynb #c1ab0004
-import csv, sys
+import csv, io, sys
 from pathlib import Path
 from .options import NAMED, check_backbone, count_type, path_type, ranged_type, resolve_device, seed_type
+from .predict import csv_line
 from ..engine.downloads import check_image_size, require_files
-from ..engine.errors import UsageError
+from ..engine.errors import UsageError, escape_formula
 from ..engine.storage import check_target, refuse_inputs, write_atomic
 
 # %% ../../nbs/cli/labels.ipynb #c1ab0006
@@ -44,7 +46,8 @@ def load_labels(args, seed: int, unreadable): # -> Dataset
     "The data set of a table."
     from finessl.engine.tables import from_table
     return from_table(args.labels, args.data, args.per_class, seed, args.test_fraction, unreadable=unreadable,
-                      file_column=args.file_column, label_column=args.label_column)
+                      max_megapixels=args.max_megapixels, file_column=args.file_column,
+                      label_column=args.label_column)
 
 # %% ../../nbs/cli/labels.ipynb #c1ab0008
 SUGGEST = """Write a table of the images that are worth labelling first: fill in the column `label`, then
@@ -110,13 +113,27 @@ def describe_images(args, files): # -> files that can be read, (N, D) their feat
         if broken: print(f"finessl: left out as unreadable: {len(broken)} of {len(files)} files", file=sys.stderr)
         return [files[i] for i in keep], feat[keep], None if head is None else head(feat[keep]).softmax(1)
 
-def read_labelled(args) -> tuple[list, set]: # rows of the table, files that have a label
+def read_labelled(args) -> tuple[list, dict]: # rows of the table; file -> row
     "What a table says already."
-    if not args.labels: return [], set()
+    if not args.labels: return [], {}
     from finessl.engine.tables import match_files, read_table
     rows = read_table(args.labels, args.file_column, args.label_column)
-    found = match_files(rows, [args.folder, args.labels.parent], str(args.labels))
-    return rows, {path for path, row in found.items() if row.label}
+    return rows, match_files(rows, [args.folder, args.labels.parent], str(args.labels))
+
+def suggestion_lines(rows: list) -> list[list[str]]: # rows: of a table
+    "The same lines, for the table that is written; no cell is a formula for a spreadsheet."
+    tested = any(row.test for row in rows)                     # then there is a column for it
+    return [[escape_formula(row.file, "./"), escape_formula(row.label, "'")] + ["test" if row.test else ""] * tested
+            for row in rows]
+
+def check_labels_kept(args, lines: list): # lines: of the new table
+    "Refuse to write over labels that somebody has filled in and that the new table does not hold."
+    if args.overwrite or not args.out or not args.out.is_file(): return
+    text = io.StringIO(args.out.read_bytes().decode("utf-8", "surrogateescape"), newline="")
+    try: lost = next((row for row in list(csv.reader(text))[1:] if any(row[1:]) and row not in lines), None)
+    except csv.Error: lost = ["what is no table"]
+    if lost: raise UsageError(f"{args.out} holds labels, as of {lost[0]!r}; go on with them by --labels {args.out}, "
+                              "and name another file with --out (or add --overwrite)")
 
 def suggest_command(args):
     "finessl suggest"
@@ -126,27 +143,27 @@ def suggest_command(args):
     if not args.trained:
         check_backbone(args.backbone, args.image_size)
         require_files(None, None, args.backbone, args.checkpoint)
-    from finessl.engine.parts import list_images
+    from finessl.engine.parts import list_images, say_unread
     from finessl.labelling import typical_images, unsure_images
-    files = list_images(args.folder).files
-    if not files: raise UsageError(f"{args.folder} holds no image files")
+    say_unread(args.folder, {None: (listing := list_images(args.folder))})
+    if not (files := listing.files): raise UsageError(f"{args.folder} holds no image files")
     if args.out: refuse_inputs(args.out, [*files, args.labels])
-    rows, known = read_labelled(args)
+    rows, found = read_labelled(args)
+    lines = suggestion_lines(rows)
+    check_labels_kept(args, lines)
     files, feat, p = describe_images(args, files)
-    labelled = [i for i, file in enumerate(files) if file.resolve() in known]
+    places = [file.resolve() for file in files]
+    labelled = [i for i, place in enumerate(places) if place in found and found[place].label]
     if p is None: chosen = typical_images(feat, args.budget, labelled, args.seed)
     else: chosen = unsure_images(feat, p, args.budget, labelled, args.seed)
-    old = {row.file for row in rows}
-    new = [name for i in chosen.tolist() if (name := files[i].relative_to(args.folder).as_posix()) not in old]
-    save_suggestions(args, [*((row.file, row.label) for row in rows), *((name, "") for name in new)])
+    new = [files[i].relative_to(args.folder).as_posix() for i in chosen.tolist() if places[i] not in found]
+    save_suggestions(args, lines + [[escape_formula(name, "./"), ""] for name in new])
     print(f"finessl: {len(new)} of {len(files)} images to label", file=sys.stderr)
 
 def save_suggestions(args, lines):
     "Write the table to `--out`, or print it."
-    def write(stream):
-        table = csv.writer(stream, lineterminator="\n")
-        table.writerow(HEAD.split(","))
-        table.writerows(lines)
+    heads = HEAD.split(",") + ["split"] * any(len(line) > 2 for line in lines)
+    def write(stream): stream.write("".join(map(csv_line, [heads, *lines])))
     def save(path):
         with open(path, "w", newline="", encoding="utf-8", errors="surrogateescape") as stream: write(stream)
     if args.out: write_atomic(args.out, save, overwrite=args.overwrite or HEAD.encode())

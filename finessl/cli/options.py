@@ -84,7 +84,9 @@ def path_type(text: str) -> Path:
     "A path that is not empty."
     if not text.strip(): raise argparse.ArgumentTypeError("must name a file or a folder, got nothing")
     try: return Path(text).expanduser()                        # a shell leaves --out=~/runs as it is
-    except RuntimeError as e: raise argparse.ArgumentTypeError(f"{text}: {e}") from None
+    except RuntimeError as e:
+        if os.path.lexists(text): return Path(text)            # a file may be called ~$labels.csv
+        raise argparse.ArgumentTypeError(f"{text}: {e}") from None
 
 def source_type(text: str) -> str:
     "A data set's name, or a path."
@@ -248,7 +250,7 @@ def resolve_device(name): # -> name, or None where none is given
     if not (given := name or os.environ.get("FINESSL_DEVICE")): return None
     import torch
     try:
-        if not (device := torch.device(given)).type == "cuda": torch.empty(1, device=device)
+        if not (device := torch.device(given)).type == "cuda": torch.zeros(1, device=device).item() # meta holds nothing
         # no tensor: the first GPU may not be this process's
         elif (device.index or 0) >= torch.cuda.device_count(): raise RuntimeError
     except (RuntimeError, AssertionError):

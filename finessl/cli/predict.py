@@ -7,7 +7,7 @@ __all__ = ['PREDICT', 'TABLE', 'add_predict', 'image_files', 'read_images', 'csv
            'check_table', 'save_table', 'classify_files', 'predict_command']
 
 # %% ../../nbs/cli/predict.ipynb #1180a5ab
-import csv, io, json, sys
+import csv, io, json, os, sys
 from pathlib import Path
 from types import SimpleNamespace
 from .confidence import add_confidence, check_confidence, make_judge, read_held_out
@@ -101,11 +101,13 @@ def write_predictions(stream, files, p, classes, unsure=None, inside=None):
 # %% ../../nbs/cli/predict.ipynb #c5b2e2f2
 def check_run_encoder(args):
     "Refuse at once a run whose encoder's weights are neither here nor to be had."
+    if not (path := args.folder / "record.json").is_file(): return # a pipe would wait; load_run says what is wrong
     try:
-        record = json.loads((args.folder / "record.json").read_text(encoding="utf-8"))
+        record = json.loads(path.read_text(encoding="utf-8-sig"))
         backbone, file = str(record["backbone"]), args.checkpoint or record["checkpoint"]
-    except (ValueError, LookupError, TypeError, RecursionError): return # load_run says what is wrong with it
-    if file and not Path(file).is_file():
+        is_there = not file or os.path.isfile(os.fspath(file))
+    except (ValueError, LookupError, TypeError, RecursionError): return
+    if not is_there:
         raise UsageError(f"--checkpoint {file}: file does not exist" if args.checkpoint else
                          f"the encoder's weights of {args.folder} are no longer in {file}; "
                          "name the file with --checkpoint FILE")
@@ -113,7 +115,7 @@ def check_run_encoder(args):
 
 def check_table(args, files): # files: to be classified
     "Refuse an `--out` that this very command reads."
-    record = json.loads((args.folder / "record.json").read_text(encoding="utf-8"))
+    record = json.loads((args.folder / "record.json").read_text(encoding="utf-8-sig"))
     encoder = args.checkpoint or record.get("checkpoint")      # False: its weights are random
     refuse_inputs(args.out, [*files, *(args.folder / name for name in RUN_FILES), encoder])
 

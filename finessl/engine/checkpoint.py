@@ -8,7 +8,7 @@ __all__ = ['CHECKPOINT', 'DIGEST', 'PREVIOUS', 'FORMAT', 'empty_log', 'TrainStat
            'checked', 'read_checkpoint', 'restore', 'resume_from']
 
 # %% ../../nbs/engine/checkpoint.ipynb #d769a155
-import contextlib, hashlib, io, json, sys
+import contextlib, hashlib, io, json, pickle, sys
 from dataclasses import dataclass, field
 from pathlib import Path
 import torch
@@ -90,10 +90,13 @@ def save_progress(setup, state: TrainState, held, timer): # held: None in a proc
 
 # %% ../../nbs/engine/checkpoint.ipynb #0e621da8
 def load_verified(file: Path|bytes, device) -> dict|None: # file: or what it holds
-    "A checkpoint's content; None where its checksum does not fit."
+    "A checkpoint's content; None where its checksum does not fit, or it is none."
     content = file if isinstance(file, bytes) else file.read_bytes()
     if hashlib.sha256(content[DIGEST:]).digest() != content[:DIGEST]: return None
-    return torch.load(io.BytesIO(content[DIGEST:]), map_location=device, weights_only=True)
+    try: c = torch.load(io.BytesIO(content[DIGEST:]), map_location=device, weights_only=True)
+    except (pickle.UnpicklingError, EOFError, RuntimeError, ValueError, LookupError, TypeError,
+            AttributeError, AssertionError): return None       # a stranger can add up a checksum, too
+    return c if isinstance(c, dict) and isinstance(c.get("settings"), str) else None
 
 def latest_checkpoint(folder: Path, device="cpu") -> dict|None:
     "The newest checkpoint in a folder that can be read, whatever run it is of; None where there is none."
@@ -122,7 +125,8 @@ def checked(path: Path, content: bytes, settings: dict, device) -> dict: # conte
     if (c := load_verified(content, device)) is None:
         raise TornCheckpoint(f"{path} is torn, or not a checkpoint of finessl: its checksum does not fit")
     if c.get("format") != FORMAT:
-        raise TrainingError(f"{path} was written by an older version of finessl: finish that run with it, "
+        age = "a newer" if isinstance(c.get("format"), int) and c["format"] > FORMAT else "an older"
+        raise TrainingError(f"{path} was written by {age} version of finessl: finish that run with it, "
                             "or name another folder")
     if differ := diff_settings(*comparable(json.loads(c["settings"]), json.loads(json.dumps(settings)))):
         raise mismatch_error(path, differ)

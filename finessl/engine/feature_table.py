@@ -18,7 +18,11 @@ from .atomic import BINARY, NO_FOLLOW, WINDOWS, say_once, write_all
 def cache_folder() -> Path|None: # None: nothing is kept
     "Where features are kept: in FINESSL_CACHE, else in the user's cache."
     where = os.environ.get("FINESSL_CACHE", "")
-    return None if where.lower() == "off" else Path(where or "~/.cache/finessl").expanduser() / "features"
+    if where.lower() == "off": return None
+    try: return Path(where or "~/.cache/finessl").expanduser() / "features"
+    except RuntimeError:                                       # a user without a home, as in a container
+        say_once("features are not kept, since there is no home folder; FINESSL_CACHE can name one for them")
+        return None
 
 UNUSED_DAYS = 90
 
@@ -80,13 +84,13 @@ class FeatureTable:
 
     def load(self):
         "Take what the files hold."
-        try: keys = (self.folder / "keys").read_bytes()
-        except FileNotFoundError: return
+        if not all((self.folder / name).is_file() for name in ("keys", "rows")): return # a pipe would wait
+        keys = (self.folder / "keys").read_bytes()
         entries = np.frombuffer(keys[:len(keys) // ENTRY.itemsize * ENTRY.itemsize], ENTRY)
         n = len(entries) and min(len(entries), (self.folder / "rows").stat().st_size // (4 * self.width))
         if not n: return
-        self.entries = entries[:n]                             # copy on write: the file stays as it is
-        self.rows = torch.from_numpy(np.memmap(self.folder / "rows", "<f4", "c", shape=(n, self.width)))
+        rows = np.memmap(self.folder / "rows", "<f4", "c", shape=(n, self.width)) # copy on write: the file stays
+        self.entries, self.rows = entries[:n], torch.from_numpy(rows)
 
     def read(self):
         "What is there by now."

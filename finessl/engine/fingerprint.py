@@ -72,8 +72,9 @@ def tensor_code(x: Tensor, y: Tensor | None) -> str: # x: (N, 3, H, W) uint8
 def part_code(x: Tensor | ImageFiles, y: Tensor | None = None) -> str:
     "16 hex digits of images in memory or in files, whatever folder these lie in."
     if isinstance(x, Tensor): return tensor_code(x, y)
-    root = os.path.commonpath([os.path.dirname(file) for file in x.files]) if len(x) else ""
-    names = [os.path.relpath(os.fsdecode(file), os.fsdecode(root)) for file in x.files] if root else list(x.files)
+    files = [os.path.abspath(os.fsdecode(file)) for file in x.files]
+    root = os.path.commonpath(map(os.path.dirname, files)) if files else ""
+    names = [os.path.relpath(file, root) for file in files]
     return files_code(x.files, names, y, digest_files([x.files]))
 
 def image_codes(dataset) -> dict[str, str]: # dataset: a `Dataset`; -> part -> code

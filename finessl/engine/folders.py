@@ -7,6 +7,7 @@ __all__ = ['files_to_skip', 'image_folder', 'class_names', 'image_lists']
 
 # %% ../../nbs/engine/folders.ipynb #0ea61451
 import os
+from collections.abc import Iterable
 from pathlib import Path
 import torch
 from torch import Tensor
@@ -78,7 +79,7 @@ def files_to_skip(
     max_megapixels: float | None = None
 ) -> SkippedFiles | None: # None where every file has to be readable
     "The files to do without."
-    if isinstance(unreadable, str) and unreadable not in ("raise", "skip"):
+    if unreadable not in ("raise", "skip") if isinstance(unreadable, str) else not isinstance(unreadable, Iterable):
         raise DataError(f"unreadable must be 'raise', 'skip' or a list of names, got {unreadable!r}")
     if unreadable == "raise": return None
     if unreadable != "skip": return SkippedFiles(root, unreadable)

@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from .decoders import decode_budget, image_formats, open_image, refuse_slow
-from .errors import UnreadableError, check_int, printable
+from .errors import MOST, UnreadableError, check_int, printable
 
 # %% ../../nbs/engine/images.ipynb #720e080e
 @functools.cache
@@ -156,7 +156,8 @@ class ImageFiles:
         skipped: "SkippedFiles | None" = None, # None: an unreadable file is an error; else see `fetch_with_fallback`
         max_megapixels: float | None = None # of a file; see `pixel_limit`
     ):
-        self.files, self.size = tuple(os.fspath(file) for file in files), check_int("size", size, 1)
+        self.files = tuple(os.fspath(file) for file in files)
+        self.size = check_int("size", size, 1, MOST["image_size"])
         self.skipped, self.max_megapixels = skipped, max_megapixels
     def __len__(self): return len(self.files)
     def __repr__(self): return f"ImageFiles({len(self)} files, size={self.size})"

@@ -6,7 +6,7 @@
 __all__ = ['ASKED', 'as_images', 'from_torch', 'FeatureEncoder', 'as_encoder']
 
 # %% ../../nbs/engine/inputs.ipynb #36918f03
-import hashlib, os, tempfile
+import contextlib, hashlib, io, operator, os, tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 import numpy as np
@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor, nn
 from ..backbone import Encoder, load_backbone, unsupported_reason, weights_hash
 from ..data import Dataset, check_dataset
-from .errors import BackboneError, DataError
+from .errors import MOST, BackboneError, DataError, UnreadableError, check_int
 from .images import ImageFiles
 from .torch_state import fresh_torch, ordinary_weights
 
@@ -26,18 +26,29 @@ ASKED = ("images must be paths, PIL images, uint8 arrays or tensors (floats from
 def _bytes_of(x: Tensor, name: str) -> Tensor: # -> uint8
     "0 to 255; floats from 0 to 1 are scaled."
     if x.dtype == torch.uint8: return x
-    if x.is_floating_point() and x.numel() and 0 <= float(x.min()) and float(x.max()) <= 1:
-        return (x.float() * 255).round().byte()
+    ends = [float(v) for v in x.detach().double().aminmax()] if x.numel() and not x.is_complex() else []
+    if x.is_floating_point() and ends and 0 <= ends[0] <= ends[1] <= 1:
+        return (x.detach().float() * 255).round().byte()
     raise DataError(f"{name} must be uint8 (0 to 255), or floats from 0 to 1, got {x.dtype}"
-                    + (f" from {float(x.min()):g} to {float(x.max()):g}" if x.numel() and not x.is_complex() else ""))
+                    + (f" from {ends[0]:g} to {ends[1]:g}" if ends else ""))
 
 def _batch_of(x: Tensor, name: str) -> Tensor: # channels first -> uint8 (N, 3, H, W)
     "One image or many, grey or RGB."
+    if x.is_nested or x.is_meta or x.layout != torch.strided:
+        kind = "nested" if x.is_nested else "meta" if x.is_meta else "sparse"
+        raise DataError(f"{name} must be an ordinary tensor, got a {kind} one")
     shape = tuple(x.shape)
     if x.ndim == 2 or x.ndim == 3 and len(x) in (1, 3): x = x[None] if x.ndim == 3 else x[None, None]
     if x.ndim != 4 or x.shape[1] not in (1, 3):
         raise DataError(f"{name} must have shape (N, 3, H, W), (3, H, W) or (H, W), got {shape}")
     return _bytes_of(x, name).expand(-1, 3, -1, -1)
+
+def _from_numpy(a: np.ndarray, name: str) -> Tensor: # channels first
+    "An array of numbers as a tensor, whichever end its channels and its bytes were at."
+    if a.dtype.kind not in "buifc":
+        raise DataError(f"{name} must be uint8 (0 to 255), or floats from 0 to 1, got {a.dtype}")
+    a = np.ascontiguousarray(_channels_first(a, name))
+    return torch.from_numpy(a.astype(a.dtype.newbyteorder("="), copy=False))
 
 def _channels_first(a: np.ndarray, name: str) -> np.ndarray:
     "An array with its channels in front, whichever end they were at."
@@ -48,28 +59,41 @@ def _channels_first(a: np.ndarray, name: str) -> np.ndarray:
     return np.moveaxis(a, -1, -3) if last else a
 
 # %% ../../nbs/engine/inputs.ipynb #2b0d5381
-def _through_files(pictures: list, size: int) -> Tensor: # pictures: PIL images or paths; -> uint8 (N, 3, size, size)
-    "Read pictures as files are read."
+_MEANT = {"HSV": "RGB", "RGBX": "RGB", "RGBa": "RGBA", "PA": "RGBA", "La": "LA"} # modes that no file has
+
+def _save_picture(picture: Image.Image, path: str, name: str):
+    "Write a PIL image as it is, with nothing beside its pixels but how to turn it."
+    if 0 in picture.size: raise DataError(f"{name} has no pixels")
+    exif = Image.Exif()
+    try:
+        with contextlib.suppress(Exception):                   # Pillow reads it now; the pixels are whole
+            if (turn := picture.getexif().get(0x0112)) in range(2, 9): exif[0x0112] = turn
+        if picture.mode in _MEANT: picture = picture.convert(_MEANT[picture.mode])
+        kind = "TIFF" if picture.mode in ("CMYK", "YCbCr", "LAB", "F", "I") else "PNG"
+        picture.save(path, kind, exif=exif, icc_profile=None, **({"compress_level": 1} if kind == "PNG" else {}))
+    except Exception as e:
+        if isinstance(e, OSError) and e.errno or isinstance(e, MemoryError): raise # the machine's, not the image's
+        raise DataError(f"{name}, a PIL image of mode {picture.mode}, cannot be read: {e}") from None
+
+def _through_file(picture, size: int, name: str) -> Tensor: # a PIL image or a path -> uint8 (1, 3, size, size)
+    "Read a picture as a file is read."
+    if _is_path(picture): return ImageFiles([os.path.expanduser(picture)], size)[:]
     with tempfile.TemporaryDirectory(prefix="finessl-") as folder:
-        def file(i, picture):
-            if not isinstance(picture, Image.Image): return os.path.expanduser(picture)
-            kind = "TIFF" if picture.mode in ("CMYK", "YCbCr", "LAB", "F", "I") else "PNG"
-            path = Path(folder, f"image-{i}.{kind.lower()}")
-            picture.save(path, kind, exif=picture.getexif(), **({"compress_level": 1} if kind == "PNG" else {}))
-            return path
-        return ImageFiles([file(i, p) for i, p in enumerate(pictures)], size)[:]
+        _save_picture(picture, path := os.path.join(folder, "image"), name)
+        try: return ImageFiles([path], size)[:]
+        except UnreadableError as e: raise DataError(str(e).replace(path, name)) from None
 
 def _is_path(x) -> bool: return isinstance(x, (str, os.PathLike))
 
 def _one_image(x, size: int, name: str) -> Tensor: # -> uint8 (3, size, size)
     "An image among others, of whatever kind and size."
-    if _is_path(x) or isinstance(x, Image.Image): return _through_files([x], size)[0]
-    if isinstance(x, np.ndarray): x = torch.from_numpy(np.ascontiguousarray(_channels_first(x, name)))
+    if _is_path(x) or isinstance(x, Image.Image): return _through_file(x, size, name)[0]
+    if isinstance(x, np.ndarray): x = _from_numpy(x, name)
     if not isinstance(x, Tensor): raise DataError(f"{ASKED}; {name} is {type(x).__name__}")
     x = _batch_of(x, name)
     if len(x) != 1: raise DataError(f"{name} holds {len(x)} images, and one is wanted")
     if x.shape[-2:] == (size, size): return x[0]
-    return _through_files([Image.fromarray(x[0].permute(1, 2, 0).cpu().numpy())], size)[0]
+    return _through_file(Image.fromarray(x[0].permute(1, 2, 0).cpu().numpy()), size, name)[0]
 
 def as_images(
     images, # paths, PIL images, arrays or tensors; one or many
@@ -78,12 +102,12 @@ def as_images(
     "Images in the form that `predict` and data sets take."
     if isinstance(images, ImageFiles): return images
     if _is_path(images): images = [images]
-    if isinstance(images, Image.Image): return _through_files([images], size)
+    if isinstance(images, Image.Image): return _through_file(images, size, "images")
     if isinstance(images, np.ndarray) and images.dtype.kind in "OUS": images = images.ravel().tolist()
-    if isinstance(images, np.ndarray):
-        images = torch.from_numpy(np.ascontiguousarray(_channels_first(images, "images")))
+    if isinstance(images, np.ndarray): images = _from_numpy(images, "images")
     if isinstance(images, Tensor): return _batch_of(images, "images")
-    plain = isinstance(images, Iterable) and not isinstance(images, (Mapping, bytes, torch.utils.data.DataLoader))
+    plain = isinstance(images, Iterable) and not hasattr(images, "columns") and not isinstance(
+        images, (Mapping, bytes, bytearray, memoryview, io.IOBase, torch.utils.data.DataLoader))
     if not plain or isinstance(images, (torch.utils.data.Dataset, Dataset)):
         raise DataError(f"{ASKED}; got {type(images).__name__}")
     images = list(images)
@@ -96,15 +120,29 @@ def as_images(
 def _items(source, name: str) -> list:
     "Everything that a data set of torch's gives."
     if isinstance(source, torch.utils.data.DataLoader): source = source.dataset
-    if isinstance(source, tuple) and len(source) == 2: source = list(zip(*source, strict=True))
+    if isinstance(source, (str, bytes)): source = None         # of a folder: see `image_folder`
+    if isinstance(source, tuple) and len(source) == 2 and all(hasattr(part, "__len__") for part in source):
+        if len(source[0]) != len(source[1]):
+            raise DataError(f"{name} holds {len(source[0])} images and {len(source[1])} labels")
+        source = list(zip(*source))
     try: return [source[i] for i in range(len(source))] if hasattr(source, "__len__") else list(source)
     except TypeError: raise DataError(f"{name} must be a data set of torch's, that is, something with images and "
                                       f"labels by number, got {type(source).__name__}") from None
 
+def _whole(y) -> int|None: # y: a label, of any library; None: no whole number
+    "A label as Python's int."
+    if getattr(y, "ndim", None) == 0: y = y.item()             # of numpy or torch
+    if isinstance(y, float) and y.is_integer(): return int(y)
+    try: return operator.index(y)
+    except (TypeError, RuntimeError): return None
+
 def _separate(items: list, name: str) -> tuple[list, list]: # images; labels, -1 where there is none
     "Images and labels apart."
-    pairs = [x if isinstance(x, (tuple, list)) and len(x) == 2 else (x, -1) for x in items]
-    labels = [int(y) if getattr(y, "__index__", None) or getattr(y, "ndim", None) == 0 else None for _, y in pairs]
+    for i, x in enumerate(items):
+        if isinstance(x, Mapping) or isinstance(x, (tuple, list)) and len(x) != 2:
+            raise DataError(f"{name}[{i}] must be an image, or (image, label), got {type(x).__name__} of {len(x)}")
+    pairs = [x if isinstance(x, (tuple, list)) else (x, -1) for x in items]
+    labels = [_whole(y) for _, y in pairs]
     if None in labels:
         i = labels.index(None)
         raise DataError(f"the label of {name}[{i}] must be a whole number, got {pairs[i][1]!r}")
@@ -114,7 +152,12 @@ def _names(source, labels: list, classes) -> tuple[str, ...]:
     "Classes as given, as the data set names them, or numbers."
     while classes is None and source is not None:
         classes, source = getattr(source, "classes", None), getattr(source, "dataset", None)
-    return tuple(map(str, range(max(labels) + 1) if classes is None else classes))
+    if classes is None and max(labels) >= len(labels):         # each class has an image
+        raise DataError(f"labels go up to {max(labels)}, and {len(labels)} images cannot be of so many classes")
+    if classes is None: classes = range(max(labels) + 1)
+    if isinstance(classes, str) or not isinstance(classes, Iterable):
+        raise DataError(f"classes must be the names of the classes, got {classes!r}")
+    return tuple(map(str, classes))
 
 def _edge(first) -> int: # of the first image, px
     "The size to read: that of a square image up to 256, else 256."
@@ -134,9 +177,12 @@ def from_torch(
 ) -> Dataset: # in memory
     "A `Dataset` from torch's data sets."
     parts = {name: _separate(_items(source, name), name) for name, source in
-             {"labelled": labelled, "unlabelled": unlabelled or [], "test": test or []}.items()}
+             {"labelled": labelled, "unlabelled": [] if unlabelled is None else unlabelled,
+              "test": [] if test is None else test}.items()}
     if not parts["labelled"][0]: raise DataError("labelled holds no images")
-    size = _edge(parts["labelled"][0][0]) if image_size is None else image_size
+    if min(parts["labelled"][1]) < 0: raise DataError("labelled holds an image without a label, or one below 0")
+    size = _edge(parts["labelled"][0][0]) if image_size is None else \
+        check_int("image_size", image_size, 1, MOST["image_size"])
     square = lambda name: [_one_image(x, size, f"{name}[{i}]") for i, x in enumerate(parts[name][0])]
     empty = torch.zeros(0, 3, size, size, dtype=torch.uint8)
     x_lb, x_ulb, x_test = (torch.stack([*square(name)]) if parts[name][0] else empty for name in parts)

@@ -8,7 +8,7 @@ __all__ = ['LISTS', 'read_text', 'split_line', 'read_list', 'find_lists']
 # %% ../../nbs/engine/lists.ipynb #85170391
 import csv, os, re, unicodedata
 from pathlib import Path
-from .errors import DataError
+from .errors import DataError, visible
 from .images import image_extensions
 
 # %% ../../nbs/engine/lists.ipynb #37d0ef22
@@ -33,8 +33,9 @@ def split_line(line: str) -> tuple[str, str|None]: # -> path, label
     "Path and label of one line; None without a label."
     for mark in "\t,;":
         if mark not in line: continue
-        row = [cell.strip() for cell in next(csv.reader([line], delimiter=mark))] if '"' in line else \
+        try: row = [cell.strip() for cell in next(csv.reader([line], delimiter=mark))] if '"' in line else \
             line.rstrip(f"{mark} ").rsplit(mark, 1)
+        except csv.Error as e: raise DataError(f"this is no line of a list: {e}") from None # as one of 200 KB
         while len(row) > 1 and not row[-1]: row.pop()
         path, label = row[0].strip(), row[1].strip() if len(row) > 1 else None
         if mark == "\t" or _is_image(path): return path, label
@@ -49,16 +50,22 @@ def read_list(
     infer: bool = True # a line without a label: its folder's name; False: no label
 ) -> list[tuple[str, str|None]]: # path as written, label
     "The lines of a list file."
-    file, pairs, first = Path(file), [], {}
+    file, pairs, first, seen = Path(file), [], {}, {}
     if not file.is_file(): raise DataError(f"list file does not exist: {file}")
     for n, line in enumerate(re.split("\r\n|\n|\r", read_text(file)), 1):
-        if not (line := line.strip(" ")): continue
-        path, label = split_line(line)
+        if not (line := line.strip(" ").rstrip(" \t")): continue
+        try: path, label = split_line(line)
+        except DataError as e: raise DataError(f"{file}, line {n}: {e}") from None
         if n == 1 and {cell.strip('" ').lower() for cell in re.split("[\t,; ]", line)} <= _HEADS: continue
         if os.sep == "/" and "\\" in path and not (file.parent / path).exists(): path = path.replace("\\", "/")
+        if not path.isascii() and not os.path.exists(file.parent / path): # a Mac takes accents apart
+            forms = (unicodedata.normalize(form, path) for form in ("NFC", "NFD"))
+            path = next((form for form in forms if os.path.exists(file.parent / form)), path)
         if label is None and infer: label = Path(path).parent.name
         if label == "": raise DataError(f"{file}, line {n}: {path!r} has no label and lies in no folder")
         if label is not None: label = unicodedata.normalize("NFC", label)
+        if label is not None and (other := seen.setdefault(visible(label), label)) != label:
+            raise DataError(f"{file}, line {n}: label {label!r} looks like {other!r}; write them alike")
         before, at = first.setdefault(os.path.normpath(path), (label, n))
         if before != label and None not in (before, label):
             raise DataError(f"{file}, line {n}: {path!r} has the label {label!r} here and {before!r} in line {at}")

@@ -224,7 +224,7 @@ def warnings_of(
     last = (r.get("evaluations") or [{}])[-1]
     said = [f"{s['name']}: {s['said']}." for s in r.get("symptoms") or [] if s["last"] == last.get("step")]
     said += say_accuracy(test, conf, last.get("accuracy")) + say_pool(pool, run.classes)
-    if r["dataset"]["hash"] != split_info(dataset)["hash"]:
+    if (r.get("dataset") or {}).get("hash") != split_info(dataset)["hash"]:
         said.append("The images or labels are not the ones that the run has seen.")
     if lost: said.append(f"Image files that cannot be read: {lost}.")
     return said

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 from .atomic import say_once
 from .decoders import PACKAGES
-from .errors import DataError, printable
+from .errors import DataError, printable, visible
 from .images import image_extensions
 
 # %% ../../nbs/engine/parts.ipynb #940e41dd
@@ -44,7 +44,7 @@ def list_images(folder: Path) -> Listing:
             continue
         seen.add(key)
         out.passed.update({Path(where, n): "a system's own folder" for n in whole if n.casefold() in _SYSTEM})
-        for file in (Path(where, name) for name in names if not name.startswith(".")):
+        for file in (Path(where, name) for name in names if not name.startswith(".") or name.endswith(".icloud")):
             ending = file.suffix.lower()
             if ending in image_extensions(): out.files.append(file)
             else: out.other[ending] = out.other.get(ending, 0) + 1
@@ -56,6 +56,7 @@ def count_endings(other: dict) -> str: # other: of a Listing
     "How many files of each ending."
     def one(ending, n):
         why = f" (read where the package {PACKAGES[ending]} is installed)" if ending in PACKAGES else ""
+        if ending == ".icloud": why = " (images that iCloud has not downloaded)"
         return f"{n} x {printable(ending) or 'no ending'}{why}"
     return ", ".join(one(*pair) for pair in sorted(other.items()))
 
@@ -114,16 +115,23 @@ def class_folders(folder: Path) -> dict[str, Listing]: # name -> its files, sort
     "Every class folder; what is not read is named once."
     try: entries = sorted((e for e in folder.iterdir() if not e.name.startswith(".")), key=lambda e: e.name)
     except OSError as error: raise DataError(f"{folder} cannot be listed: {error.strerror.lower()}") from None
-    listings, other, passed = {}, {}, {}
+    listings, other, passed, seen = {}, {}, {}, {}
     for e in entries:
         name, ending = unicodedata.normalize("NFC", e.name), e.suffix.lower()
         if e.is_dir() and is_hidden(e.name): passed[e] = "a system's own folder"
-        elif e.is_dir() and name in listings:
-            raise DataError(f"{folder} holds two folders whose names look the same, {name!r}; make one of them")
-        elif e.is_dir(): listings[name] = list_images(e)
+        elif e.is_dir():
+            if seen.setdefault(visible(name), name) != name or name in listings:
+                raise DataError(f"{folder} holds two folders whose names look the same, {name!r}; make one of them")
+            listings[name] = list_images(e)
+            if _plain(name) in PARTS["unlabelled"]:
+                say_once(f"{e} is read as a class; where its images have none, put it beside {folder.name}/")
         elif ending in image_extensions():
             raise DataError(f"{e} lies outside the class folders; put it into {folder.name}/<class>/, "
                             "or into unlabelled/")
         else: other[ending] = other.get(ending, 0) + 1
     say_unread(folder, {**listings, None: Listing([], other, passed)})
+    alike = {}
+    for name in listings:
+        if (first := alike.setdefault(name.casefold(), name)) != name:
+            say_once(f"{folder}: {first!r} and {name!r} differ in upper and lower case alone, and are two classes")
     return dict(sorted(listings.items()))

@@ -15,7 +15,7 @@ from torch import Tensor
 from .atomic import say_once
 from .diff import diff_settings
 from .errors import PeerFailed, PeerLost, TrainingError
-from .precision import default_device
+from .precision import as_device
 from .ranks import read_ranks
 
 # %% ../../nbs/engine/processes.ipynb #628ef487
@@ -83,7 +83,7 @@ class ProcessInfo:
         timeout: float = 600., # seconds that a process waits for the others
         join: bool = True # False: alone, whatever has been started
     ):
-        self.device, self.rank, self.world_size = torch.device(device or default_device()), 0, 1
+        self.device, self.rank, self.world_size = as_device(device), 0, 1
         if not join or not dist.is_available(): return
         rank, size, local_rank, local_size = read_ranks()
         if size < 2 and not dist.is_initialized(): return

@@ -104,7 +104,12 @@ def validate(
     "Raise a ValueError that says which value was given and what is allowed."
     s, accumulate = settings, 1 if runtime is None else runtime.accumulate
     check_dataset(dataset), check_algorithm(algorithm)
+    names = [str(c) for c in dataset.classes]
+    if twice := sorted({name for name in names if names.count(name) > 1}) if len({*names}) < len(names) else None:
+        raise DataError(f"two classes are called {twice[0]!r}; a record needs a name for each")
     parse_peft(s.peft)
+    if s.views is not None and not all(hasattr(s.views, name) for name in ("weak", "strong", "eval_view")):
+        raise ValueError(f"views must be finessl.views.Views(…), got {type(s.views).__name__}")
     check_numbers(algorithm, s, runtime)
     if s.batch < world_size * accumulate:
         raise ValueError("batch must be >= processes x accumulate, a labelled image for each part; "
@@ -118,7 +123,9 @@ def validate(
         if s.peft != "linear" or world_size > 1:
             raise ValueError('stored_views belong to peft="linear" in one process: their features never change; got '
                              f"peft={s.peft!r} in {world_size}")
-        for name, n in zip(("weak", "strong"), s.stored_views, strict=True):
+        if not isinstance(s.stored_views, (tuple, list)) or len(s.stored_views) != 2:
+            raise ValueError(f"stored_views must be two numbers, of weak and strong views, got {s.stored_views!r}")
+        for name, n in zip(("weak", "strong"), s.stored_views):
             check_int(f"stored_views ({name})", n, 1, 1000)
     if s.head_init not in (None, *HEAD_INITS) or s.head_init == "trained" and s.peft == "linear":
         raise ValueError('head_init must be "random", "means", "probe", "text", or "trained" where more than heads is '

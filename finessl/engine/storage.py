@@ -245,13 +245,18 @@ def _take(path: Path, names, say) -> LockedFolder:
                 if not stat.S_ISDIR(os.lstat(path).st_mode) and not os.path.isdir(path): raise
         finally:
             if folder is not None and not taken: _release(folder)
+    try: os.getcwd()
+    except FileNotFoundError:
+        raise TrainingError(f"{path} counts from the current folder, which was removed; name the whole path") from None
     raise TrainingError(f"{path} is removed again and again while it is made")
 
 @contextlib.contextmanager
 def _one_sentence(folder: Path):
     "What keeps a run from its folder, as an error of the run."
     try: yield
-    except FileExistsError: raise TrainingError(f"{folder} is a file; a run needs a folder") from None
+    except FileExistsError:
+        what = "a link to nothing" if os.path.islink(folder) and not os.path.exists(folder) else "a file"
+        raise TrainingError(f"{folder} is {what}; a run needs a folder") from None
     except OSError as e: raise TrainingError(f"cannot write to {folder}: {e.strerror or e}") from None
 
 @contextlib.contextmanager
