@@ -4,8 +4,8 @@ Made from the executed notebooks, without running them: the main line as chapter
 page a module from its docstrings and the comments beside its arguments. Solutions, discussions and rubrics stay behind.
 Warnings are errors, and every link inside the site is followed.
 """
-import argparse, ast, json, re, shutil, subprocess, sys, tempfile
-from html.parser import HTMLParser
+import argparse, ast, json, os, re, shutil, subprocess, sys, tempfile
+from html import unescape
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -134,12 +134,14 @@ def write_sources(src):
         target = src / path.relative_to(root)
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_text(json.dumps(chapter(path, chapters)), encoding="utf-8")
-    names = []
-    for path in sorted((root / "finessl").rglob("*.py")):
+    modules = ["# Modules", "", "Every public function and class, with the shapes of what goes in and comes out.", ""]
+    (src / "api").mkdir()
+    for path in sorted((root / "finessl").rglob("*.py")): # no chapters: a list of all of them beside every page is long
         if path.stem.startswith("_modidx") or not (page := api_page(path)): continue
-        names.append("api/" + page.split("\n", 1)[0][2:])
-        (src / "api").mkdir(exist_ok=True)
-        (src / f"{names[-1]}.md").write_text(page, encoding="utf-8")
+        name, said = page.split("\n", 1)[0][2:], (ast.get_docstring(ast.parse(path.read_text("utf-8"))) or "").splitlines()
+        modules.append(f"- [`{name}`]({name}.md): {said[0] if said else ''}")
+        (src / "api" / f"{name}.md").write_text(f"---\norphan: true\n---\n\n{page}\n[All modules](index.md)\n", encoding="utf-8")
+    (src / "api" / "index.md").write_text("\n".join(modules), encoding="utf-8")
     lines = ["# finessl", "", "Fine-tune a frozen foundation model from a handful of labels, and understand every piece of how "
              "that works. Begin with the [overview](nbs/index.ipynb) or with the [first notebook](nbs/00_start.ipynb).", "",
              "![Test accuracy against labels per class](figures/digits.png)", "", *toctree("Overview", ["nbs/index"])]
@@ -147,37 +149,39 @@ def write_sources(src):
         listed = [p.relative_to(root).with_suffix("").as_posix() for p in paths]
         if title == "Main line": listed = [f"{Path(n).name[:2]} {heading(p)} <{n}>" for n, p in zip(listed, paths)]
         lines += toctree(title if title == "Main line" else f"Appendix: {title}", listed)
-    lines += toctree("Moved", [p.relative_to(root).with_suffix("").as_posix() for p in moved]) + toctree("Modules", names)
+    lines += toctree("Moved", [p.relative_to(root).with_suffix("").as_posix() for p in moved]) + toctree("Modules", ["api/index"])
     (src / "index.md").write_text("\n".join(lines), encoding="utf-8")
 
 
-class Page(HTMLParser):
-    "The links and anchors of a page."
-    def __init__(self, text):
-        super().__init__(); self.links, self.anchors, self.outside = [], set(), []
-        self.feed(text)
-    def handle_starttag(self, tag, attrs):
-        for key, value in attrs:
-            if key in ("id", "name") and value: self.anchors.add(value)
-            if key in ("href", "src") and value:
-                self.links.append(value)
-                if tag in ("script", "link", "img") and urlsplit(value).scheme in ("http", "https"): self.outside.append(value)
+ATTRIBUTE = re.compile(r'\b(id|name|href|src)="([^"]*)"')
+
+
+def read_page(text): # -> links, anchors, what is loaded from elsewhere
+    "What a page of ours says in its tags."
+    links, anchors, outside = set(), set(), set()
+    for tag in re.findall(r"<[a-z][^<>]*>", text):
+        for key, value in ATTRIBUTE.findall(tag):
+            if not value: continue
+            if key in ("id", "name"): anchors.add(unescape(value)); continue
+            links.add(url := unescape(value))
+            if tag.startswith(("<script", "<link", "<img")) and urlsplit(url).scheme in ("http", "https"): outside.add(url)
+    return links, anchors, outside
 
 
 def broken_links(out): # -> sentences
     "Links inside the site that lead nowhere, and what a page would load from elsewhere."
-    pages = {p: Page(p.read_text(encoding="utf-8")) for p in sorted(out.rglob("*.html"))}
-    wrong = []
-    for path, page in pages.items():
-        where = path.relative_to(out)
-        wrong += [f"{where}: loads {url}" for url in page.outside]
-        for link in page.links:
+    pages = {os.path.abspath(p): read_page(p.read_text(encoding="utf-8")) for p in sorted(out.rglob("*.html"))}
+    there, wrong = {str(p.absolute()) for p in out.rglob("*")}, []
+    for path, (links, _, outside) in pages.items():
+        where = os.path.relpath(path, out)
+        wrong += [f"{where}: loads {url}" for url in sorted(outside)]
+        for link in sorted(links):
             parts = urlsplit(link)
             if parts.scheme or parts.netloc: continue
-            target = (path.parent / unquote(parts.path)).resolve() if parts.path else path
-            if target.is_dir(): target = target / "index.html"
-            if not target.exists(): wrong.append(f"{where}: {link} is not there")
-            elif parts.fragment and target in pages and unquote(parts.fragment) not in pages[target].anchors:
+            target = os.path.normpath(os.path.join(os.path.dirname(path), unquote(parts.path))) if parts.path else path
+            if target not in there or target not in pages and os.path.isdir(target): target = os.path.join(target, "index.html")
+            if target not in there: wrong.append(f"{where}: {link} is not there")
+            elif parts.fragment and target in pages and unquote(parts.fragment) not in pages[target][1]:
                 wrong.append(f"{where}: {link} has no such anchor")
     return wrong
 

@@ -4,23 +4,26 @@
 
 # %% auto #0
 __all__ = ['naive_attention', 'attention', 'project_heads', 'Block', 'timm_block', 'open_clip_block', 'unsupported_reason',
-           'trunk_blocks', 'trunk_sizes', 'trunk_norm', 'trunk_tokens', 'caption_projection', 'weights_hash',
-           'project_feature', 'embed_captions', 'Encoder', 'refusal', 'load_backbone', 'class_embeddings',
-           'caption_templates']
+           'trunk_blocks', 'trunk_sizes', 'trunk_norm', 'check_encoder_input', 'trunk_tokens', 'caption_projection',
+           'project_feature', 'embed_captions', 'Encoder', 'ResNetEncoder', 'encoder_class', 'refusal', 'load_backbone',
+           'class_embeddings', 'caption_templates']
 
 # %% ../nbs/11_backbone.ipynb #598c08bf
-import contextlib, hashlib, json, os
+import contextlib, json, os
 from dataclasses import dataclass
 from importlib import resources
 from typing import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from .engine.convnets import (batch_norms, is_resnet, residual_blocks, resnet_feature, resnet_pool,
+                                      resnet_reason, resnet_sizes)
 from .engine.downloads import require_files
 from .engine.encoders import EncoderSpec, encoder_spec, is_timm, plain_classes, vision_trunk
 from .engine.errors import BackboneError, MissingError
+from .engine.peft_names import CONV_PEFT, VIT_PEFT
 from .engine.torch_state import fresh_torch, kept_generator, ordinary_weights
-from .engine.weights import fetch_weights, load_weights, resize_positions
+from .engine.weights import fetch_weights, load_weights, resize_positions, weights_hash
 
 # %% ../nbs/11_backbone.ipynb #8be61f0a
 def naive_attention(
@@ -138,16 +141,23 @@ def trunk_norm(trunk: nn.Module) -> nn.Module: # (B, D) -> (B, D)
     return trunk.norm if is_timm(trunk) else trunk.ln_post
 
 # %% ../nbs/11_backbone.ipynb #f40f6396
+def check_encoder_input(
+    x: Tensor, # (B, 3, S, S) float, normalised
+    s: int, # S, px
+    name: str # of the encoder, for messages
+) -> None:
+    "Raise ValueError for what an encoder does not take."
+    if x.ndim != 4 or x.shape[1:] != (3, s, s):
+        raise ValueError(f"{name} takes images (B, 3, {s}, {s}), got {tuple(x.shape)}")
+    if not x.is_floating_point(): raise ValueError(f"images must be normalised floats, got {x.dtype}")
+
 def trunk_tokens(
     trunk: nn.Module, # a plain ViT of either library
     x: Tensor, # (B, 3, S, S) float, normalised
     name: str # of the encoder, for messages
 ) -> Tensor: # (B, T, D), class token first
     "Everything before the first block (Dosovitskiy et al. 2021, equation 1)."
-    s = trunk_sizes(trunk)[2]
-    if x.ndim != 4 or x.shape[1:] != (3, s, s):
-        raise ValueError(f"{name} takes images (B, 3, {s}, {s}), got {tuple(x.shape)}")
-    if not x.is_floating_point(): raise ValueError(f"images must be normalised floats, got {x.dtype}")
+    check_encoder_input(x, trunk_sizes(trunk)[2], name)
     if is_timm(trunk): return trunk.norm_pre(trunk._pos_embed(trunk.patch_embed(x)))
     h = torch.cat([trunk.class_embedding.expand(x.shape[0], 1, -1), trunk.conv1(x).flatten(2).transpose(1, 2)], 1)
     return trunk.ln_pre(h + trunk.positional_embedding)
@@ -163,13 +173,6 @@ def caption_projection(
     linear = [m for m in (trunk.head, *model.visual.head) if isinstance(m, nn.Linear)]
     return linear[0].weight.t() if len(linear) == 1 else None
 
-def weights_hash(model: nn.Module) -> str: # 16 hex digits
-    "sha256 over names, types, shapes and bytes of all weights, as they are now."
-    h = hashlib.sha256()
-    for k, v in sorted(model.state_dict().items()):
-        h.update(f"{k} {v.dtype} {tuple(v.shape)}".encode())
-        h.update(v.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return h.hexdigest()[:16]
 
 # %% ../nbs/11_backbone.ipynb #22b52c56
 def project_feature(
@@ -195,6 +198,7 @@ def embed_captions(
 # %% ../nbs/11_backbone.ipynb #0512e790
 class Encoder(nn.Module):
     "A frozen ViT, always in eval mode: normalised images to the class token after the last norm, unprojected."
+    objection, peft_methods = staticmethod(unsupported_reason), VIT_PEFT # why not served; see engine.peft_names
     def __init__(self,
         model: nn.Module, # timm ViT, open_clip CLIP, or a module with a `.visual`
         name: str = "encoder", # as given to `load_backbone`
@@ -202,12 +206,15 @@ class Encoder(nn.Module):
         tokenizer: Callable|None = None # list of captions -> (n, length) int64; None without a text tower
     ):
         super().__init__()
-        if why := unsupported_reason(model): raise BackboneError(f"{name} is not served: it {why}")
+        if why := self.objection(model): raise BackboneError(f"{name} is not served: it {why}")
         self.model, self.name, self.tokenizer = ordinary_weights(model).requires_grad_(False).eval(), name, tokenizer
-        self.mean, self.std, self.blocks = tuple(map(float, mean)), tuple(map(float, std)), trunk_blocks(self.trunk)
+        self.mean, self.std = tuple(map(float, mean)), tuple(map(float, std))
+        self.take_apart(); self.eval()
+    def take_apart(self):
+        self.blocks = trunk_blocks(self.trunk)
         self.width, self.patch_size, self.image_size, self.n_prefix = trunk_sizes(self.trunk)
-        self.eval()
     trunk = property(lambda self: vision_trunk(self.model), doc="The vision transformer itself.")
+    layers = property(lambda self: [b.module for b in self.blocks], doc="The library's blocks.")
     norm = property(lambda self: trunk_norm(self.trunk), doc="What comes after the last block.")
     proj = property(lambda self: caption_projection(self.model), doc="(D, E) or None: into the captions' space.")
     hash = property(lambda self: weights_hash(self.model), doc="16 hex digits that stand for the weights.")
@@ -218,18 +225,38 @@ class Encoder(nn.Module):
         for block in self.blocks[:-1]: h = block(h)
         return self.norm(self.blocks[-1].class_token(h))[:, 0]
     def project(self, feat): return project_feature(self.model, feat, self.name) # (B, D) -> (B, E), not normalised
-    def text(self, captions): # list of C strings -> (C, E), rows of length 1; None without a text tower
-        return embed_captions(self.model, self.tokenizer, captions)
+    def text(self, captions): return embed_captions(self.model, self.tokenizer, captions) # C strings -> (C, E), or None
 
-# %% ../nbs/11_backbone.ipynb #bc4bda16
+# %% ../nbs/11_backbone.ipynb #cnv00002
+class ResNetEncoder(Encoder):
+    "A frozen ResNet, always in eval mode: normalised images to pooled features, unprojected; statistics stay."
+    objection, peft_methods = staticmethod(resnet_reason), CONV_PEFT
+    layers = property(lambda self: residual_blocks(self.trunk), doc="The library's residual blocks.")
+    norm = property(lambda self: resnet_pool(self.trunk), doc="What comes after the last block.")
+    def take_apart(self):
+        self.blocks, self.n_prefix = None, 0
+        self.width, self.patch_size, self.image_size = resnet_sizes(self.trunk)
+        if not batch_norms(self.trunk): self.peft_methods = tuple(name for name in CONV_PEFT if name != "bn")
+    proj = property(lambda self: None if self.model is self.trunk else self.trunk.attnpool.c_proj.weight.t())
+    def project(self, feat): # (B, D) -> (B, E), not normalised
+        return super().project(feat) if self.model is self.trunk else self.trunk.attnpool.c_proj(feat)
+    def forward(self, x): # (B, 3, S, S) normalised -> (B, D)
+        check_encoder_input(x, self.image_size, self.name)
+        return resnet_feature(self.trunk, x)
+
+def encoder_class(model: nn.Module) -> type: # model: as `Encoder` takes it
+    "The class that serves a model, or says why it is not served."
+    return ResNetEncoder if is_resnet(model) else Encoder
+
 def refusal(
     spec: EncoderSpec, # what a name means
     model: nn.Module # built from it, on any device
 ) -> str: # a sentence; "" if it is served
     "Why an encoder is not served."
-    if why := unsupported_reason(model): return f"{spec.name} is not served: it {why}"
+    if why := encoder_class(model).objection(model): return f"{spec.name} is not served: it {why}"
     return spec.objection
 
+# %% ../nbs/11_backbone.ipynb #bc4bda16
 @fresh_torch()
 def load_backbone(
     name: str, # "pocket", "open_clip:ARCH/WEIGHTS" or "timm:NAME"
@@ -249,7 +276,8 @@ def load_backbone(
     with contextlib.nullcontext() if path is False else kept_generator(): model = spec.build()
     if path is not False: model = load_weights(model, path, name)
     if image_size is not None: resize_positions(model, image_size, name)
-    encoder = Encoder(model, name, spec.mean, spec.std, spec.tokenizer if hasattr(model, "encode_text") else None)
+    tokenizer = spec.tokenizer if hasattr(model, "encode_text") else None
+    encoder = encoder_class(model)(model, name, spec.mean, spec.std, tokenizer)
     encoder.checkpoint = checkpoint if checkpoint in (None, False) else str(checkpoint)   # into the record of a run
     return encoder
 

@@ -16,7 +16,7 @@ from .backbone import Encoder
 from .data import Dataset, generator
 from .engine.adapters import FineTuned
 from .engine.encoders import is_timm
-from .engine.peft_names import PROMPTED, parse_peft
+from .engine.peft_names import PROMPTED, parse_peft, peft_error
 from .engine.torch_state import as_generator, fresh_torch
 
 # %% ../nbs/12_peft.ipynb #8e9791d7
@@ -169,11 +169,9 @@ def build_model(
 ) -> TwoHeadModel:
     "Encoder, prompts and two cosine heads, initialised from `seed` whatever was drawn before."
     method, _ = parse_peft(peft)
-    if (unknown := encoder.blocks is None) and method != "linear":
-        raise ValueError(f"the inside of {encoder.name} is not known, so only heads on its features of images can be "
-                         f'trained: peft must be "linear", got {peft!r}')
+    if why := peft_error(peft, encoder): raise ValueError(why)
     g, prompts = as_generator(seed), method in (*PROMPTED, "linear")
-    if unknown: features = NoPEFT(encoder)
+    if encoder.blocks is None and method == "linear": features = NoPEFT(encoder)
     elif prompts: features = VPT(encoder, n_prompts if method in PROMPTED else 0, method != "vpt-shallow", g)
     else: features = FineTuned(encoder, peft, g)
     head, aux = CosineHead(encoder.width, n_classes, seed=g), CosineHead(encoder.width, n_classes, seed=g)

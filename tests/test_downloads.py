@@ -42,7 +42,7 @@ def test_two_silent_servers_take_the_time_of_one(tmp_path):
 
 
 NAMES = {"vit": "no encoder is called 'vit'", "timm:vit_tiny_patch16_244": "'vit_tiny_patch16_224'",
-         "timm:vit_tiny_patch16_224.openai": "has no weights", "timm:resnet18": "one of timm's resnet models",
+         "timm:vit_tiny_patch16_224.openai": "has no weights", "timm:vgg16": "one of timm's vgg models",
          "open_clip:ViT-B-16/openai": "use 'open_clip:ViT-B-16-quickgelu/openai'",
          "open_clip:EVA02-B-16/merged2b_s8b_b131k": "is an Eva, not a plain ViT",
          "open_clip:ViT-B-16": "names no pretrained weights", "open_clip:ViT-B-16-quickgelu/opnai": "'openai'"}

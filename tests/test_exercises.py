@@ -8,16 +8,20 @@ import torch
 import torch.nn.functional as F
 import finessl.checks.margin as check_margin
 from finessl.algorithms import finessl_loss
+from finessl.anchored import agreement_weights
 from finessl.backbone import naive_attention
 from finessl.bias import auroc, calibration_error
 from finessl.course import runner
 from finessl.course.exercises import code_of, exported_module, find_sources, is_imports, read_mark, read_notebook
 from finessl.course.grade import Limits, defined_names, make_job
 from finessl.data import batch_indices, generator, split_labels
+from finessl.engine.processes import shard_views
 from finessl.lab import zero_shot_logits
+from finessl.labelling import typicality
 from finessl.margin import balanced_margin_loss, class_margins
 from finessl.peft import add_prompts
 from finessl.reweighting import confidence_weights
+from finessl.rivals import gaussian_weights
 from finessl.smoothing import smooth_targets
 from finessl.views import affine_theta, cutout
 
@@ -648,10 +652,190 @@ WRONG |= {
 }
 
 
+# the rivals, the paper's scale, several devices, the anchored algorithm, what to label
+def gaussian_loop(conf, mu, var, n_sigma=2.):
+    return [1. if c >= mu else float(torch.exp(-(c - mu) ** 2 * n_sigma ** 2 / (2 * var))) for c in conf]
+
+def gaussian_where(conf, mu, var, n_sigma=2.):
+    return torch.where(conf < mu, torch.exp(-.5 * ((conf - mu) / (var.sqrt() / n_sigma)) ** 2), 1.)
+
+def gaussian_scipy(conf, mu, var, n_sigma=2.):
+    from scipy.stats import norm
+    at = norm(float(mu), float(var) ** .5 / n_sigma).pdf
+    return at(np.minimum(conf.numpy(), float(mu))) / at(float(mu))
+
+def quality_loop(weights, right):
+    total = sum(w for w in weights.tolist())
+    return total / len(weights), sum(w for w, r in zip(weights.tolist(), right.tolist()) if r) / total
+
+def quality_numpy(weights, right):
+    w = weights.numpy()
+    return np.array([w.mean(), np.average(right.numpy(), weights=w)])
+
+def quality_product(weights, right): return torch.stack([weights.mean(), (weights * right).sum() / weights.sum()])
+
+def pace_scatter(table, idx, conf, pl, zeta=.7): return table.scatter(0, idx, torch.where(conf >= zeta, pl, table[idx]))
+
+def pace_product(table, idx, conf, pl, zeta=.7):
+    keep = (conf >= zeta).long()
+    table[idx] = keep * pl + (1 - keep) * table[idx]
+    return table
+
+def pace_places(table, idx, conf, pl, zeta=.7): # which image of the batch stands at a place
+    at = idx[:, None] == torch.arange(len(table), device=table.device)
+    return torch.where((at & (conf >= zeta)[:, None]).any(0), (at * pl[:, None]).sum(0), table)
+
+def pace_boolean(table, idx, conf, pl, zeta=.7):
+    table[idx[conf >= zeta]] = pl[conf >= zeta]
+    return table
+
+def pace_nonzero(table, idx, conf, pl, zeta=.7):
+    kept = (conf >= zeta).nonzero()[:, 0]
+    return table.index_copy(0, idx[kept], pl[kept])
+
+def pace_loop(table, idx, conf, pl, zeta=.7):
+    for i, c, k in zip(idx, conf, pl):
+        if c >= zeta: table[i] = k
+    return table
+
+def pace_by(keep=lambda c, zeta: c >= zeta, new=lambda conf, pl: pl, old=lambda t, i: t[i], at=lambda i: i):
+    return lambda table, idx, conf, pl, zeta=.7: table.scatter(
+        0, at(idx), torch.where(keep(conf, zeta), new(conf, pl), old(table, idx)))
+
+def shard_split(z, n_views, rank, size):
+    return z.reshape(n_views, -1, *z.shape[1:]).tensor_split(size, dim=1)[rank].flatten(0, 1)
+
+def shard_numpy(z, n_views, rank, size):
+    mine = np.array_split(np.arange(len(z) // n_views), size)[rank]
+    return z.numpy()[(np.arange(n_views)[:, None] * (len(z) // n_views) + mine).ravel()]
+
+def shard_loop(z, n_views, rank, size):
+    n, rows = len(z) // n_views, []
+    for v in range(n_views): rows += [z[v * n + i] for i in range(n) if i * size // n == rank]
+    return torch.stack(rows)
+
+def shard_by(take, n=None): # take(image numbers, rank, size)
+    def shard(z, n_views, rank, size):
+        images = take(torch.arange(len(z) // n_views), rank, size)
+        return torch.cat([view[images] for view in z.chunk(n_views)])
+    return shard
+
+def agreement_loop(p, a_ulb_w):
+    out, C = [], p.shape[1]
+    for row, a in zip(p.tolist(), a_ulb_w.tolist()):
+        e = [np.exp(v - max(a)) for v in a]
+        out.append(max(0., (sum(x * y for x, y in zip(row, e)) / sum(e) - 1 / C) / (1 - 1 / C)))
+    return torch.tensor(out)
+
+def agreement_numpy(p, a_ulb_w):
+    from scipy.special import softmax
+    agree = np.einsum("uc,uc->u", p.detach().numpy(), softmax(a_ulb_w.detach().numpy(), 1))
+    return np.maximum((agree * p.shape[1] - 1) / (p.shape[1] - 1), 0)
+
+@torch.no_grad()
+def agreement_diagonal(p, a_ulb_w):
+    C = p.shape[1]
+    return F.relu((p @ F.softmax(a_ulb_w, -1).T).diagonal() * C / (C - 1) - 1 / (C - 1))
+
+def agreement_by(agree=lambda p, q: (p * q).sum(1), fit=lambda s, C: ((s - 1 / C) / (1 - 1 / C)).clamp(min=0),
+                 soft=lambda a: a.softmax(1)):
+    return lambda p, a_ulb_w: fit(agree(p.detach(), soft(a_ulb_w.detach())), p.shape[1])
+
+def typical_cdist(feat, k=20): return 1 / torch.cdist(feat, feat).topk(k + 1, largest=False).values[:, 1:].mean(1)
+
+def typical_loop(feat, k=20):
+    out = []
+    for i, x in enumerate(feat):
+        apart = sorted(float((x - other).norm()) for j, other in enumerate(feat) if j != i)
+        out.append(k / sum(apart[:k]))
+    return out
+
+def typical_sklearn(feat, k=20):
+    from sklearn.neighbors import NearestNeighbors
+    return 1 / NearestNeighbors(n_neighbors=k).fit(feat.numpy()).kneighbors()[0].mean(1)
+
+def typical_cosines(feat, k=20):
+    apart = (2 - 2 * feat @ feat.T).clamp(min=0).sqrt().fill_diagonal_(torch.inf)
+    return k / apart.sort(1).values[:, :k].sum(1)
+
+def typical_by(near=lambda d, k: d.sort(1).values[:, 1:k + 1], last=lambda d: 1 / d.mean(1)):
+    return lambda feat, k=20: last(near(torch.cdist(feat, feat), k))
+
+
+RIGHT |= {
+    "9.2": [gaussian_loop, gaussian_where, gaussian_scipy, gaussian_weights],
+    "9.3": [quality_loop, quality_numpy, quality_product],
+    "14.2": [pace_scatter, pace_product, pace_places],
+    "15.2": [shard_split, shard_numpy, shard_loop, shard_views],
+    "16.2": [agreement_loop, agreement_numpy, agreement_diagonal, agreement_weights],
+    "17.2": [typical_cdist, typical_loop, typical_sklearn, typical_cosines, typicality],
+}
+WRONG |= {
+    "9.2": [lambda c, mu, var, n_sigma=2.: torch.exp(-(c - mu) ** 2 * n_sigma ** 2 / (2 * var)),     # the whole bell
+            lambda c, mu, var, n_sigma=2.: gaussian_weights(c, mu, var, 1.),                         # σ for σ/n
+            lambda c, mu, var, n_sigma=2.: gaussian_weights(c, mu, var, 1 / n_sigma),                # times n
+            lambda c, mu, var, n_sigma=2.: gaussian_weights(c, mu, var, n_sigma ** .5),
+            lambda c, mu, var, n_sigma=2.: gaussian_weights(c, mu, var ** 2, n_sigma),               # σ² for σ
+            lambda c, mu, var, n_sigma=2.: gaussian_weights(c, mu, var / 2, n_sigma),                # the 2 forgotten
+            lambda c, mu, var, n_sigma=2.: gaussian_weights(-c, -mu, var, n_sigma),                  # sign
+            lambda c, mu, var, n_sigma=2.: (c >= mu).float(),                                        # a threshold
+            lambda c, mu, var, n_sigma=2.: gaussian_weights(c, mu, var, n_sigma) / (2 * np.pi * var).sqrt()],
+    "9.3": [lambda w, r: (w.mean(), r[w > 0].float().mean()),                 # of the kept, all alike
+            lambda w, r: (w.mean(), (w * r).mean()),                          # a mean over all images
+            lambda w, r: ((w > 0).float().mean(), (w * r).sum() / w.sum()),   # a count for a mean
+            lambda w, r: ((w * r).sum() / w.sum(), w.mean()),                 # the wrong way round
+            lambda w, r: (w.mean(), (w * r).sum() / r.sum()),                 # over the right ones
+            lambda w, r: (w.sum(), (w * r).sum() / w.sum()),
+            lambda w, r: (w.mean(), r.float().mean()),                        # unweighted
+            lambda w, r: (w[r].mean(), (w * r).sum() / w.sum())],
+    "14.2": [pace_boolean, pace_nonzero, pace_loop,                           # the host waits
+             pace_by(keep=lambda c, zeta: c > zeta),                          # ζ itself is left out
+             pace_by(keep=lambda c, zeta: c < zeta),                          # sign
+             pace_by(keep=lambda c, zeta: c >= .7),
+             pace_by(keep=lambda c, zeta: torch.ones_like(c, dtype=torch.bool)), # all enter
+             pace_by(new=lambda c, pl: pl + 1),                               # off-by-one class
+             pace_by(new=lambda c, pl: c.long()),                             # confidences for labels
+             pace_by(old=lambda t, i: torch.full_like(i, -1)),                # doubt clears the entry
+             pace_by(old=lambda t, i: t[:len(i)]),                            # another image's entry
+             pace_by(at=lambda i: torch.arange(len(i), device=i.device))],    # places in the batch
+    "15.2": [lambda z, V, r, n: z.tensor_split(n)[r],                         # rows, not images
+             lambda z, V, r, n: z.unflatten(0, (-1, V)).tensor_split(n)[r].flatten(0, 1),            # image-major
+             lambda z, V, r, n: shard_views(z[:len(z) // V], 1, r, n),        # one view alone
+             lambda z, V, r, n: shard_split(z, V, r, n).unflatten(0, (V, -1)).transpose(0, 1).flatten(0, 1),
+             lambda z, V, r, n: shard_split(z, V, (r + 1) % n, n),            # another's part
+             shard_by(lambda i, r, n: i[r::n]),                               # not neighbours
+             shard_by(lambda i, r, n: i[r * (len(i) // n):(r + 1) * (len(i) // n)]),                 # some left out
+             shard_by(lambda i, r, n: i[r * (len(i) // n):None if r == n - 1 else (r + 1) * (len(i) // n)]),
+             shard_by(lambda i, r, n: i[len(i) * r // n:len(i) * (r + 1) // n + 1])],                # some twice
+    "16.2": [lambda p, a: (((p * a.softmax(1)).sum(1) - 1 / p.shape[1]) / (1 - 1 / p.shape[1])).clamp(min=0), # detach
+             agreement_by(fit=lambda s, C: s),                                # not corrected
+             agreement_by(fit=lambda s, C: (s - 1 / C).clamp(min=0)),         # not stretched
+             agreement_by(fit=lambda s, C: (s - 1 / C) / (1 - 1 / C)),        # below 0
+             agreement_by(fit=lambda s, C: ((s - .25) / .75).clamp(min=0)),   # always four classes
+             agreement_by(soft=lambda a: a.softmax(0)),                       # wrong axis
+             agreement_by(soft=lambda a: a),                                  # logits for probabilities
+             agreement_by(agree=lambda p, q: p.amax(1) * q.amax(1)),          # both sure, of whatever
+             agreement_by(agree=lambda p, q: (p.argmax(1) == q.argmax(1)).float()),                  # labels alone
+             agreement_by(agree=lambda p, q: q.amax(1)),                      # FineSSL's confidence
+             agreement_by(agree=lambda p, q: (p @ q.T).mean(1))],             # with other images' anchors
+    "17.2": [typical_by(near=lambda d, k: d.sort(1).values[:, :k]),           # its own neighbour
+             typical_by(near=lambda d, k: d.sort(1).values[:, :k + 1]),
+             typical_by(near=lambda d, k: d.sort(1).values[:, -k:]),          # the farthest
+             typical_by(near=lambda d, k: d.sort(1).values[:, 1:]),           # all others
+             typical_by(near=lambda d, k: d.sort(1).values[:, k:k + 1]),      # the K-th alone
+             typical_by(last=lambda d: d.mean(1)),                            # not inverted
+             typical_by(last=lambda d: 1 / d.sum(1)),                         # a sum for a mean
+             typical_by(last=lambda d: (1 / d).mean(1)),                      # a mean of inverses
+             typical_by(last=lambda d: 1 / (d ** 2).mean(1)),                 # squares
+             lambda feat, k=20: (feat @ feat.T).topk(k + 1).values[:, 1:].mean(1)],                  # cosines
+}
+
+
 @pytest.mark.parametrize("number", RUN)
 def test_a_stub_fails_and_its_solution_passes_with_nothing_but_the_imports(number):
     e = exercises[number][1]
-    assert check(number, e.stub), "the check is green before anything is done"
+    assert (why := check(number, e.stub)), "the check is green before anything is done"
+    assert " " in why, f"an untouched stub is told {why!r} and nothing else"
     assert not (why := check(number, e.solution)), why
     if e.bonus: assert check(number, e.stub, bonus=True) and not check(number, e.solution, bonus=True)
 
@@ -675,7 +859,9 @@ NEAR = {"0.2": (11,), "3.1": (.549, .5493, .55), "3.3": (.5, .503), "5.1": (3.6,
         "8.3": (.67, .677, .68), "4.1": (.36,), "4.4": (.12, .121), "1.1": (16,), "1.4": (4.1, 4.05),
         "2.1": (.73, .731), "2.4": (3.6, 3.65, 3.7), "12.1": (338, 337.9, 337.92), "12.4": (.2, .21, .19),
         "10.1": (1.13, 1.127), "10.4": (.055, .0549), "11.1": (.817, .8167), "11.4": (.8, .79), "13.1": (.0256,),
-        "13.3": (29,)}
+        "13.3": (29,), "9.1": (.141, .1412), "9.4": (1386, 1385.6, 1380), "14.1": (.29, .286, .28),
+        "15.1": (1.17, 1.167), "16.1": (.525, .53, .52), "16.3": (.185, .1849),
+        "17.1": (.375, .38), "17.3": (56, 57, 55)}
 FAR = {"0.2": (7, 8, 10), "3.1": (1.0986, .824, .2747), "3.3": (.84, .93, .95),
        "5.1": (4.8, 4.5, 2.88), "5.4": (2.67, .92), "6.1": (2.14, .405, 6.), "6.4": (.5, 1., .55),
        "7.1": (2.08, .6, 3.), "7.4": (3., 1.2, .3),
@@ -683,12 +869,16 @@ FAR = {"0.2": (7, 8, 10), "3.1": (1.0986, .824, .2747), "3.3": (.84, .93, .95),
        "4.1": (.417, .3125, .08, .52), "4.4": (0, .04, .01), "1.1": (12, 32, 384, 0), "1.4": (3.66, 29.3, 2, 5),
        "2.1": (.99, .55, .8, .269), "2.4": (4.58, 8, 3.5, 1), "12.1": (184, 261, 169, 337922),
        "12.4": (.1, .386, .7), "10.1": (.78, 2.92, 742, .08), "10.4": (.0625, .047, .25),
-       "11.1": (.183, .833, .98), "11.4": (.124, .5, 1.), "13.1": (.0225, .0277, .0283, .03), "13.3": (10, 28, 30)}
+       "11.1": (.183, .833, .98), "11.4": (.124, .5, 1.), "13.1": (.0225, .0277, .0283, .03), "13.3": (10, 28, 30),
+       "9.1": (.343, .24, .16, .158, .0686), "9.4": (1000, 693, 750, 1503, 14), "14.1": (.25, .3, .333, .4),
+       "15.1": (1.75, .857, .119, 2.5, 4), "16.1": (1.35, .35, .175, 1.5), "16.3": (.132, .333, .168, .193, .16, .1),
+       "17.1": (.75, .528, 2.67, .125, .5), "17.3": (50, 29.3, 39, 46)}
 
 def test_numbers_as_textbooks_round_them_are_taken_and_wrong_ideas_are_not():
     for number, (_, e) in exercises.items():
         if e.kind not in ("by hand", "experiment"): continue
         name = defined_names(e.stub)[0]
+        assert f'check_number("{number}", {name})' in e.check, "the answer does not stand below the question"
         assert number in NEAR and number in FAR, f"no numbers for {number}"
         for v in NEAR[number]: assert not check(number, f"{name} = {v}"), (number, v)
         for v in FAR[number]: assert check(number, f"{name} = {v}"), (number, v)

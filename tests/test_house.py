@@ -16,8 +16,8 @@ MAIN = ("checks", "data", "lab", "pseudo_labels", "bias", "margin", "smoothing",
 IDEAS = ("pseudo_labels", "margin", "smoothing", "reweighting", "algorithms", "rivals")
 GROUND = ("errors", "atomic", "storage", "diff", "precision", "environment", "images",
           "decoders", "fingerprint", "parts", "lists", "torchscript", "prefetch", "processes",
-          "metrics", "schedule", "operations", "downloads", "catalogue", "encoders", "weights", "torch_state",
-          "ranks")
+          "metrics", "schedule", "operations", "downloads", "catalogue", "encoders", "convnets", "weights",
+          "torch_state", "ranks")
 # a promise to the outside, or the one place that has to: each with its reason
 LONG_SIGNATURES = {"finessl_loss": "its order of arguments is promised",
                    "estimate_step_time": "every assumption is an argument with a name"}

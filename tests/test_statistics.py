@@ -1,12 +1,13 @@
 "Statistics of one's own runs: what the notebooks check, and what goes to and comes from files."
-import json, math
+import importlib.util, json, math
 
 import pandas as pd
 import pytest
 
 from finessl.checks.compare import check_compare, toy_run
 from finessl.checks.statistics import check_holm, check_paired_bootstrap_interval
-from finessl.studies.compare import compare, comparison_text, latex_table, write_comparison
+from finessl.engine.errors import UsageError
+from finessl.studies.compare import compare, comparison_text, latex_table, scalars, write_comparison, write_scalars
 from finessl.studies.statistics import holm, paired_bootstrap_interval, paired_p_value
 
 RECORD = {"backbone": "pocket", "backbone_hash": "h", "image_size": 32, "read_size": 32, "mean": [.5] * 3,
@@ -58,3 +59,19 @@ def test_single_runs_have_no_difference():
     table = compare({"base": [toy_run(.5, 0)], "other": [toy_run(.9, 0)]}, "base")
     assert table[["difference", "t_low", "p", "p_holm"]].isna().to_numpy().all() and not table.clear.any()
     assert comparison_text(table).loc[(1, "other"), ["accuracy, %", "difference [t]"]].tolist() == ["90.0", ""]
+
+
+def test_scalars_for_tensorboard(tmp_path):
+    "What is written is read back where tensorboard is installed; elsewhere one sentence says what to install."
+    record = {"evaluations": [{"step": 5, "loss": 2., "accuracy": .5}, {"step": 10, "loss": 1, "accuracy": None}]}
+    (tmp_path / "record.json").write_text(json.dumps(RECORD | record))
+    assert scalars(tmp_path) == scalars(record) == [("loss", 2., 5), ("accuracy", .5, 5), ("loss", 1., 10)]
+    if importlib.util.find_spec("tensorboard") is None:
+        with pytest.raises(UsageError, match="pip install tensorboard"): write_scalars(record, tmp_path / "events")
+        assert not (tmp_path / "events").exists()
+        return
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    assert write_scalars(record, tmp_path / "events") == 3
+    events = EventAccumulator(str(tmp_path / "events"))
+    events.Reload()
+    assert [(e.step, e.value) for e in events.Scalars("loss")] == [(5, 2.), (10, 1.)]

@@ -15,6 +15,7 @@ from ..backbone import load_backbone
 from ..data import Dataset
 from ..engine.batches import compute_logits, make_batch
 from ..engine.checkpoint import TrainState
+from ..engine.peft_names import peft_error
 from ..engine.precision import autocast, compile_encoder, default_device, default_precision, supports_compile
 from ..engine.prefetch import make_fetcher
 from ..engine.processes import ProcessGroup
@@ -48,12 +49,14 @@ class BenchConfig(NamedTuple):
         device=None, # None: cuda, else mps, else cpu
         precision: str|None = None, # None: bf16 on a GPU that has it, float32 elsewhere
         image_size: int|None = None, # None: the encoder's own
+        peft: str = "vpt", # what the steps will train: refused where the encoder has no place for it
         **more # n_prompts, pool, …
     ):
         "A benchmark of an encoder with random weights, the same in every call."
         if batch < 1: raise ValueError(f"batch must be >= 1, got {batch}")
         device = torch.device(device or default_device())
         with kept_generator(0): encoder = load_backbone(backbone, False, image_size)
+        if why := peft_error(peft, encoder): raise ValueError(why)
         return cls(encoder, device, batch, precision or default_precision(device), **more)
 
 # %% ../../nbs/bench/runner.ipynb #f9d14e05

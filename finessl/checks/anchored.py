@@ -8,20 +8,22 @@ __all__ = ['check_agreement_weights', 'reference_softmax', 'reference_loss', 'an
 # %% ../../nbs/checks/00_anchored.ipynb #anch0003
 import numpy as np
 import torch
-from . import assert_close, raises
+from . import assert_close, expect, raises
 from ..pseudo_labels import BatchLogits
 
 # %% ../../nbs/16_anchored.ipynb #anc0000c
 def check_agreement_weights(f):
-    "Assert that `f` meets the specification of `agreement_weights`."
+    "Assert that `f(p, a_ulb_w)` meets the equation of `agreement_weights`."
     p, q = torch.tensor([[.7, .1, .1, .1]]), torch.tensor([[.4, .3, .2, .1]])
-    assert_close(f(p, q.log()), [.34 / 3 * 4 - 1 / 3])                    # by hand
-    assert_close(f(p, q.log() + 5), f(p, q.log()))                        # logits are free of a constant
-    assert_close(f(torch.eye(4), 50 * torch.eye(4)), [1.] * 4)            # both sure, of the same
-    assert_close(f(torch.eye(4), 50 * torch.eye(4).roll(1, 0)), [0.] * 4) # both sure, of different ones
-    assert_close(f(torch.full((2, 4), .25), torch.randn(2, 4)), [0.] * 2) # who knows nothing agrees by chance
-    p, a = torch.rand(5, 3).softmax(1).requires_grad_(), torch.randn(5, 3, requires_grad=True)
-    assert not f(p, a).requires_grad                                      # weights are constants
+    expect(f, (p, q.log()), [.12], "0.34 is the chance to agree, 1/4 is taken away, 3/4 becomes 1") # by hand
+    expect(f, (p, q.log() + 5), [.12], "shifting an image's logits changes nothing")
+    expect(f, (torch.tensor([[.9, .1]]), torch.tensor([[.6, .4]]).log()), [.16], "two classes: chance is 1/2")
+    expect(f, (torch.eye(4), 50 * torch.eye(4)), [1.] * 4, "both sure, of the same class", 1e-5)
+    expect(f, (torch.eye(4), 50 * torch.eye(4).roll(1, 0)), [0.] * 4, "both sure, of different ones: not below 0", 1e-5)
+    even = torch.full((2, 4), .25), torch.tensor([[0., 1., 2., 3.], [9., 0., 0., 0.]])
+    expect(f, even, [0.] * 2, "who knows nothing agrees by chance", 1e-5)
+    leaves = torch.full((5, 3), 1 / 3).requires_grad_(), torch.eye(5, 3).requires_grad_()
+    assert not getattr(f(*leaves), "requires_grad", False), "the weights are constants: no gradient may flow"
 
 # %% ../../nbs/16_anchored.ipynb #anc10005
 def reference_softmax(z): # (..., C)

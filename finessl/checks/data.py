@@ -8,7 +8,7 @@ __all__ = ['check_generator', 'check_split_labels', 'check_batch_indices', 'chec
 # %% ../../nbs/checks/00_data.ipynb #b0b65893
 import numpy as np
 import torch
-from . import assert_close, expect_refusal, raises
+from . import assert_close, expect_refusal, raises, result_of
 
 # %% ../../nbs/01_data.ipynb #6753cfeb
 def check_generator(f):
@@ -91,7 +91,7 @@ def check_balanced_split(f):
     "Assert that `f(y, n_per_class, seed)` is balanced, seeded and nested, and leaves global generators alone."
     y = torch.tensor([2, 0, 1, 1, 0, 0, 1, 2, 2, 1] * 6)
     before = torch.get_rng_state(), np.random.get_state()[1].copy()
-    part = lambda n, seed: torch.as_tensor(f(y, n, seed))
+    part = lambda n, seed: torch.as_tensor(result_of(f, (y, n, seed), "60 labels of three classes"))
     idx = part(3, 0)
     assert not idx.is_floating_point() and idx.shape == (9,), \
         f"f(y, 3, 0) for three classes gave {idx.dtype} of shape {tuple(idx.shape)}, expected 9 positions"
@@ -123,7 +123,7 @@ def check_class_batches(f):
     "Assert that `f(y, seed, step)` is a stateless sampler with each class once in every batch and no image dropped."
     y = torch.tensor([2, 0, 1, 1, 0, 2, 0, 1, 2, 2, 1, 0])      # three classes, four images each
     before = torch.get_rng_state(), np.random.get_state()[1].copy()
-    at = lambda seed, step: sorted(torch.as_tensor(f(y, seed, step)).tolist())
+    at = lambda seed, step: sorted(torch.as_tensor(result_of(f, (y, seed, step), "three classes")).tolist())
     later = at(0, 6)                                            # asked for first
     for step in range(8):
         classes = sorted(y[at(0, step)].tolist())

@@ -8,7 +8,7 @@ __all__ = ['reference_prompts', 'assert_same_features', 'check_vpt', 'check_toke
 # %% ../../nbs/checks/00_peft.ipynb #59e864f6
 import math
 import torch
-from . import assert_close, expect, expect_refusal, raises
+from . import assert_close, expect, expect_refusal, raises, result_of
 from .backbone import tiny_encoder
 
 # %% ../../nbs/12_peft.ipynb #742b0978
@@ -110,7 +110,8 @@ def cosine_logits(a, b): return torch.cosine_similarity(a[:, None], b[None], dim
 # %% ../../nbs/12_peft.ipynb #dab550c7
 def check_peft(
     build, # (encoder, seed) -> a module from normalised images (B, 3, S, S) to features (B, D)
-    encoder # a frozen encoder
+    encoder, # a frozen encoder
+    lr: float = .1 # of three steps of SGD; smaller where features would run away
 ):
     "Assert that a way to fine-tune an encoder owes nothing to checkpoints, records and `predict`."
     def made(seed): return build(encoder, seed).eval()
@@ -121,7 +122,7 @@ def check_peft(
     assert torch.equal(first(x), again(x)), "the seed decides the start"
     start, direction = state(first), torch.randn(3, encoder.width, generator=g)
     if first.train()(x).requires_grad:
-        sgd = torch.optim.SGD([p for p in first.parameters() if p.requires_grad], lr=.1)
+        sgd = torch.optim.SGD([p for p in first.parameters() if p.requires_grad], lr=lr)
         for _ in range(3):
             sgd.zero_grad(); (first(x) * direction).sum().backward(); sgd.step()
         assert any(not torch.equal(v, start[k]) for k, v in state(first).items()), "nothing was trained"
@@ -142,7 +143,7 @@ def check_prompted_layer(f):
         layer = lambda h, p: f(block, h, p)
         want, given = whole(prompts), h.clone()
         tol = 1e-4 * float(want.abs().max())
-        got = layer(h, prompts)
+        got = result_of(layer, (h, prompts), kind)
         assert got.shape == h.shape, f"{kind}: 2 × 5 tokens and 3 prompts gave {tuple(got.shape)}, expected (2, 5, 48)"
         expect(layer, (h, prompts), want, f"{kind}: the library's block on tokens and prompts, prompts cut off", tol)
         expect(layer, (h, prompts[:0]), block.module(h), f"{kind}: no prompts, the block as it is", tol)

@@ -59,8 +59,8 @@ def add_model(p):
                    help="the encoder's weights in a local file (default: its pretrained ones)")
     g.add_argument("--peft", metavar="NAME", type=peft_type,
                    help="what is trained beside the heads: vpt (prompts in every layer), vpt-shallow (before the "
-                        f"first), linear (nothing), {', '.join(SIZES)}; a size may follow, as in lora:8 (default: vpt, "
-                        "but linear for a folder on a CPU)")
+                        f"first), linear (nothing), {', '.join(SIZES)} (BatchNorm, of a ResNet); a size may follow, as "
+                        "in lora:8 (default: vpt, but linear for a folder on a CPU)")
     g.add_argument("--views", choices=("stored", "new"),
                    help="with --peft linear: features of a few weak and strong views an image, computed once and kept, "
                         "or new views in every step (default: stored for a folder, else new)")

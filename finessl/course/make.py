@@ -30,6 +30,10 @@ GOALS = {
     "11_backbone": "use a frozen vision transformer, whoever made it",
     "12_peft": "adapt an encoder by prompts and count what that costs",
     "13_training": "read and change a training loop that can be stopped and resumed",
+    "14_gpu": "count what a step costs and say which gain a record shows",
+    "15_devices": "divide a batch among processes without changing its loss",
+    "16_anchored": "weigh an image by the agreement of two heads and say what a candidate has still to prove",
+    "17_labelling": "choose which images to label, and say what blind draws cost",
 }
 PLANS = {
     "one week": (("00_start", "03_pseudo_labels"), ("05_margin",), ("06_smoothing",), ("07_reweighting",),
@@ -39,7 +43,7 @@ PLANS = {
     "four weeks": (("00_start", "01_data"), ("02_lab",), ("03_pseudo_labels",), ("04_bias",), ("05_margin",),
                    ("05_margin",), ("06_smoothing",), ("07_reweighting",), ("08_algorithms",), ("08_algorithms",),
                    ("09_rivals",), ("10_views",), ("11_backbone",), ("11_backbone",), ("12_peft",), ("12_peft",),
-                   ("13_training",), ("13_training",)),
+                   ("13_training",), ("13_training",), ("16_anchored",), ("17_labelling",)),
 }
 
 def reading_minutes(nb: dict) -> int:

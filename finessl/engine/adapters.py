@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from ..backbone import Encoder
-from .peft_names import SIZES, parse_peft
+from .convnets import batch_norm_parameters, convolutions_before_norms
+from .peft_names import SIZES, parse_peft, peft_error
 
 # %% ../../nbs/engine/adapters.ipynb #adp00007
 def share_copy(
@@ -172,19 +173,20 @@ class FineTuned(nn.Module):
         super().__init__()
         method, size = parse_peft(name)
         if method not in SIZES: raise ValueError(f"name must be one of {', '.join(sorted(SIZES))}; got {name!r}")
+        if why := peft_error(name, encoder): raise ValueError(why)
         self.encoder = share_copy(encoder)
-        blocks, used = self.encoder.blocks, used_parameters(self.encoder)
+        layers, used = self.encoder.layers, used_parameters(self.encoder)
         if method == "lora": add_lora(self.encoder, size, generator)
         if method in ("adapter", "adaptformer"):
             add_adapters(self.encoder, size, "behind" if method == "adapter" else "beside", generator)
-        if method == "ssf": add_ssf(self.encoder, used, generator)
+        if method == "ssf": add_ssf(self.encoder, used - convolutions_before_norms(self.encoder.model), generator)
         if method == "bitfit":
             used &= {id(p) for k, p in self.encoder.named_parameters() if k.endswith("bias")}
+        if method == "bn": used &= batch_norm_parameters(self.encoder)
         if method == "partial":
-            if size > len(blocks): raise ValueError(f"{encoder.name} has {len(blocks)} blocks, got {name!r}")
-            parts = [*(b.module for b in blocks[-size:]), self.encoder.norm]
-            used &= {id(p) for m in parts for p in m.parameters()}
-        if method in ("bitfit", "partial", "full"): own_parameters(self.encoder, used)
+            if size > len(layers): raise ValueError(f"{encoder.name} has {len(layers)} blocks, got {name!r}")
+            used &= {id(p) for m in (*layers[-size:], self.encoder.norm) for p in m.parameters()}
+        if method in ("bitfit", "bn", "partial", "full"): own_parameters(self.encoder, used)
         self.to(next(encoder.parameters()).device)
 
     def forward(self,

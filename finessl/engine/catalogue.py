@@ -16,7 +16,7 @@ class Weights(NamedTuple):
     "Pretrained weights on the Hugging Face hub."
     repo: str
     mb: int # of the first file, about: its weights in float32
-    patch: int # px; an image's side must be a multiple
+    patch: int # px; an image's side must be a multiple; 1 for a ResNet that takes any size
     files: tuple[str, ...] # their names there, the best first
 
 DEFAULT_FILENAMES = {"timm": ("model.safetensors", "pytorch_model.bin"),
@@ -28,7 +28,7 @@ class Catalogue(NamedTuple):
     served: dict[str, Weights] # name of an encoder -> its pretrained weights
     refused: dict[str, str] # name -> the sentence that says why
     without_weights: tuple[str, ...] # served, but only with a file of one's own
-    elsewhere: dict[str, str] # timm's architecture -> the file of timm, where that holds no plain ViTs
+    elsewhere: dict[str, str] # timm's architecture -> the file of timm, where that holds nothing that is served
     deprecated: tuple[str, ...] # old names that timm translates
 
 def read_catalogue(
@@ -47,7 +47,8 @@ CATALOGUE = read_catalogue((resources.files("finessl") / "weights" / "hub.json")
 WEIGHTS = CATALOGUE.served
 
 # %% ../../nbs/engine/catalogue.ipynb #9a7f5fa1
-TIMM_HOMES = ("vision_transformer", "vision_transformer_hybrid", "deit") # the files of timm that hold plain ViTs
+TIMM_HOMES = ("vision_transformer", "vision_transformer_hybrid", "deit", # the files of timm that hold plain ViTs
+              "resnet", "resnest", "res2net", "sknet") # and ResNets
 
 def did_you_mean(wrong: str, names) -> str: # "; did you mean …?" or ""
     "Up to three names that are close to a wrong one."
@@ -60,11 +61,12 @@ def timm_objection(
     archs, # all architectures of timm
     weights # names with pretrained weights, ARCHITECTURE.TAG, at least those of this architecture
 ) -> str: # a sentence, or ""
-    "Why timm has no plain ViT of that name."
+    "Why timm has no encoder of that name that is served."
     full = name.removeprefix("timm:")
     arch = full.partition(".")[0]
     if home is None: return f"timm has no model {arch!r}{did_you_mean(arch, archs)}"
-    if home not in TIMM_HOMES: return f"{name} is not served: it is one of timm's {home} models, not a plain ViT"
+    if home not in TIMM_HOMES:
+        return f"{name} is not served: it is one of timm's {home} models, neither a plain ViT nor a ResNet"
     if full == arch or full in weights: return ""
     return f"timm has no weights {full!r}{did_you_mean(full, [w for w in weights if w.startswith(arch + '.')])}"
 

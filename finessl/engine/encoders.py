@@ -151,7 +151,7 @@ def _timm_spec(name):
 def encoder_spec(
     name: str # "pocket", "open_clip:ARCH/WEIGHTS" or "timm:NAME"
 ) -> EncoderSpec:
-    "What a name means; BackboneError where the library knows no such name, or no plain ViT."
+    "What a name means; BackboneError where the library knows no such name, or it is not served."
     if name == "pocket": return _pocket_spec()
     if str(name).startswith("open_clip:"): return _open_clip_spec(name)
     if str(name).startswith("timm:"): return _timm_spec(name)

@@ -51,6 +51,6 @@ class FolderLab(Lab):
         at = {row: i for i, row in enumerate(self.place[ds.x_ulb].tolist())}
         idx = torch.tensor([at.get(row, -1) for row in self.place[x].tolist()], dtype=torch.int64)
         name = "tensors" if ds.split is None else ds.split.source
-        info = Split(name, seed, n_per_class, idx, short_hash("lab", name, ds.split and ds.split.hash, x.tolist(), known))
+        code = short_hash("lab", name, ds.split and ds.split.hash, x.tolist(), known)
         return ds._replace(x_lb=x, y_lb=ds.y_lb[may], x_test=ds.x_test[test], y_test=ds.y_test[test],
-                           classes=ds.classes[:known], split=info)
+                           classes=ds.classes[:known], split=Split(name, seed, n_per_class, idx, code))

@@ -10,7 +10,7 @@ import json
 from importlib import metadata, resources
 from pathlib import Path
 import torch
-from ..backbone import Encoder, refusal
+from ..backbone import encoder_class, refusal
 from .catalogue import DEFAULT_FILENAMES, TIMM_HOMES
 from .encoders import encoder_spec, megabytes
 from .errors import BackboneError
@@ -36,7 +36,7 @@ def look_up(
     if why := refusal(spec, model): return "refused", why
     if not spec.repo: return "without_weights", None
     files = () if spec.files == DEFAULT_FILENAMES[name.partition(":")[0]] else spec.files
-    return "served", [spec.repo, megabytes(model), Encoder(model, name).patch_size, *files]
+    return "served", [spec.repo, megabytes(model), encoder_class(model)(model, name).patch_size, *files]
 
 # %% ../../nbs/engine/hub.ipynb #3ffdab2f
 def hub_table(

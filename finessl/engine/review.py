@@ -14,7 +14,7 @@ import torch
 from .errors import UsageError, escape_formula, unescape_formula, visible
 from .overview import TEST
 from .storage import check_target, write_atomic
-from .thumbnails import image_format, shrink_images
+from .thumbnails import image_format, image_shapes, shrink_images
 
 # %% ../../nbs/engine/review.ipynb #4e710006
 REVIEWED = "file,label,split\r\n" # how the table begins
@@ -134,10 +134,10 @@ class ReviewServer(ThreadingHTTPServer):
         super().handle_error(request, client_address)
 
     def image(self, i: int) -> bytes:
-        "An image as the encoder's reader sees it."
-        with self.reading: one = self.images[torch.tensor([i])]
+        "An image as the encoder's reader sees it, in its own shape."
+        with self.reading: one, shapes = self.images[torch.tensor([i])], image_shapes(self.images, [i])
         out = io.BytesIO()
-        shrink_images(one, 256)[0].save(out, image_format(), quality=85)
+        shrink_images(one, 256, shapes)[0].save(out, image_format(), quality=85)
         return out.getvalue()
 
 class ReviewHandler(BaseHTTPRequestHandler):

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..data import Dataset, check_dataset
 from .batches import labelled_indices
 from .errors import MOST, SEEDS, DataError, check_choice, check_int, check_range
-from .peft_names import HEAD_INITS, PROMPTED, parse_peft
+from .peft_names import HEAD_INITS, PROMPTED, parse_peft, peft_error
 from .precision import autocast
 from .schedule import Schedule, cosine_lr
 from .storage import encode_json
@@ -36,7 +36,8 @@ def split_info(dataset: Dataset) -> dict:
 # %% ../../nbs/engine/settings.ipynb #44044287
 def build_settings(dataset: Dataset, encoder, algorithm, views: Views, schedule: Schedule,
                    **more) -> dict: # more: numbers and names, as they are
-    "Every setting of a run, as JSON gives it back; a ValueError names what JSON does not know."
+    "Every setting of a run, as JSON gives it back; a ValueError names what JSON, or the encoder, does not know."
+    if why := peft_error(more.get("peft", "linear"), encoder): raise ValueError(why)
     return as_json(
         {"algorithm": to_dict(algorithm), "backbone": encoder.name, "backbone_hash": encoder.hash,
          "dataset": split_info(dataset), "classes": [str(c) for c in dataset.classes],
