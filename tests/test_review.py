@@ -290,3 +290,17 @@ def test_a_report_is_read_in_a_browser_with_and_without_its_script(browser, run,
         assert len(browser.find_elements("css selector", ".card img")) >= 20
         assert browser.find_elements("css selector", "svg")
     finally: browser.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": False})
+
+
+def test_a_table_of_a_review_that_others_have_edited(tmp_path):
+    from finessl.engine.errors import UsageError
+    make = lambda: Corrections(tmp_path / "t.csv", ["a.png", "b.png"], [0, 1], [0, 0], ["cat", "dog"])
+    for cell in ("a" * 200_000, "nix.png,", "cat,,"):
+        (tmp_path / "t.csv").write_bytes(f"file,label,split\r\na.png,cat,\r\nb.png,{cell},\r\n".encode())
+        with pytest.raises(UsageError, match="line 3: .*name another file with --out"): make()
+    (tmp_path / "t.csv").unlink()
+    fixed = make()
+    for name in ("Cat", "DOG "):                               # the table would be refused for them
+        with pytest.raises(UsageError, match="there is a class '(cat|dog)' already"): fixed.set(0, name)
+    fixed.set(0, "dog"), fixed.set(1, "bird")
+    assert fixed.state()["labels"] == {0: 1, 1: 2} and make().state()["labels"] == {0: 1, 1: 2}

@@ -11,7 +11,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from socketserver import TCPServer
 import torch
-from .errors import UsageError, escape_formula, unescape_formula
+from .errors import UsageError, escape_formula, unescape_formula, visible
 from .overview import TEST
 from .storage import check_target, write_atomic
 from .thumbnails import image_format, image_shapes, shrink_images
@@ -43,10 +43,13 @@ class Corrections:
         "Go on with a table of an earlier review; one of other images is refused."
         place = {self.cells(i, -1)[0]: i for i in range(len(self.names))}
         lines = csv.reader(io.StringIO(content.decode("utf-8", "surrogateescape"), newline=""))
-        for n, row in enumerate(lines):
-            if not n or not row: continue
+        try: rows = [(lines.line_num, row) for row in lines]
+        except csv.Error as e:
+            raise UsageError(f"{self.path}, line {lines.line_num}: {e}; name another file with --out") from None
+        for line, row in rows[1:]:
+            if not row: continue
             if len(row) != 3 or row[0] not in place:
-                raise UsageError(f"{self.path}, line {lines.line_num}: {','.join(row)[:80]!r} names no image "
+                raise UsageError(f"{self.path}, line {line}: {','.join(row)[:80]!r} names no image "
                                  "of this run; name another file with --out")
             i, k = place[row[0]], self.number(unescape_formula(row[1])) if row[1] else -1
             if k != self.label[i]: self.changed[i] = k
@@ -78,7 +81,10 @@ class Corrections:
         "Correct a label."
         with self.lock:
             if not 0 <= i < len(self.names): raise UsageError("no such image")
-            if isinstance(k, str): k = self.number(k)
+            if isinstance(k, str):
+                alike = [c for c in self.classes if visible(c).casefold() == visible(k).casefold()]
+                if alike and k.strip() not in alike: raise UsageError(f"there is a class {alike[0]!r} already")
+                k = self.number(k)
             if not -1 <= k < len(self.classes): raise UsageError("no such class")
             before, changed = self.changed.get(i, self.label[i]), {j: c for j, c in self.changed.items() if j != i}
             if before == k: return
