@@ -43,7 +43,8 @@ def image_keys(
 def code_version() -> str:
     "16 hex digits of the files and libraries that make views and features."
     h, home = hashlib.sha256(torch.__version__.encode()), Path(finessl.__file__).parent
-    for name in ("views.py", "backbone.py", "engine/operations.py", "engine/images.py", "engine/features.py"):
+    for name in ("views.py", "backbone.py", "engine/operations.py", "engine/images.py", "engine/features.py",
+                 "engine/convnets.py"):
         h.update((home / name).read_bytes())
     return h.hexdigest()[:16]
 
