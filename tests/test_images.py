@@ -671,7 +671,7 @@ def test_image_files(files):
     assert torch.equal(torch.stack(list(x)), whole)
     with pytest.raises(IndexError): x[6]
     for size in (0, -1, 1.5, True, "8"):
-        with pytest.raises(DataError, match="size must be a whole number >= 1"): ImageFiles(files, size)
+        with pytest.raises(DataError, match="size must be a whole number from 1 to 8192"): ImageFiles(files, size)
 
 
 def test_threads_keep_the_order_and_raise_the_first_error():

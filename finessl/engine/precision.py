@@ -21,11 +21,11 @@ def default_device() -> str:
 def as_device(
     device=None # torch.device, name, or None: default_device()
 ) -> torch.device:
-    "A device that can compute, or a DataError."
+    "A device that torch knows, or a DataError."
     named = device or default_device()
     try: found = torch.device(named)
     except (RuntimeError, AssertionError, TypeError): found = None # each as torch likes, before a driver is there
-    if found is None or found.type == "meta":
+    if found is None:
         raise DataError(f"device must be one that computes, such as cpu, cuda or mps, got {named!r}"
                         f"{'' if device else ' from FINESSL_DEVICE'}")
     return found
