@@ -1,5 +1,5 @@
-"""The book: what stays behind, what its pages hold, links. The whole site is built where Sphinx is installed
-(`pip install ".[book]"`), in minutes: `python -m pytest -m slow tests/test_book.py`."""
+"""The book: what stays behind, what its pages hold, links. The whole site is built where Sphinx is installed, as with
+`pip install ".[dev]"`, in about a minute."""
 import importlib.util, re
 from pathlib import Path
 import pytest
@@ -35,7 +35,6 @@ def test_broken_links_and_what_is_loaded_from_elsewhere_are_found(tmp_path):
         "a.html: loads https://cdn.example/m.js", "a.html: b.html#y has no such anchor", "a.html: c.html is not there"]
 
 
-@pytest.mark.slow
 def test_the_site_is_built_without_a_warning(tmp_path):
     for name in ("sphinx", "myst_nb", "furo", "latex2mathml"): pytest.importorskip(name)
     assert book.build(tmp_path / "site") == []
