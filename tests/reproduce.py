@@ -2,6 +2,7 @@
 
 One thread, as the records were made; the runs are named below, one or more from each file of `figures/records`
 that holds runs. `--photos` adds runs on CIFAR-10 as image files (minutes each), `--whole` one on all of it.
+Those are in bf16: minutes each on a processor with bf16 instructions, hours on one without.
 """
 import argparse, sys
 from pathlib import Path
