@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from clips import small_clip
 from safetensors.torch import load_file, save_file
 
 import open_clip
@@ -37,18 +38,8 @@ def vit(tmp_path_factory):
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory):
     "A small CLIP that open_clip knows by name, and its file."
-    import json
-    folder = tmp_path_factory.mktemp("clip")
-    config = dict(embed_dim=24, vision_cfg=dict(image_size=32, patch_size=8, width=48, layers=2, head_width=16),
-                  text_cfg=dict(context_length=77, vocab_size=49408, width=16, heads=2, layers=1))
-    (folder / "finessl-test-clip.json").write_text(json.dumps(config))
-    open_clip.add_model_config(folder / "finessl-test-clip.json")
-    torch.manual_seed(0)
-    model = open_clip.CLIP(**config).eval()
-    save_file(model.state_dict(), folder / "clip.safetensors")
-    yield model, folder / "clip.safetensors"
-    open_clip.factory._MODEL_CONFIG_PATHS.remove(folder / "finessl-test-clip.json")
-    open_clip.factory._MODEL_CONFIGS.pop("finessl-test-clip")
+    vision = dict(image_size=32, patch_size=8, width=48, layers=2, head_width=16)
+    with small_clip(tmp_path_factory.mktemp("clip"), "finessl-test-clip", vision) as made: yield made
 
 
 def failure(*args, **kwargs):

@@ -4,6 +4,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from clips import small_clip
 from safetensors.torch import load_file, save_file
 
 import open_clip
@@ -58,17 +59,8 @@ def file(tmp_path_factory):
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory):
     "A small CLIP with a ResNet that open_clip knows by name, and its file."
-    folder = tmp_path_factory.mktemp("clip")
-    config = dict(embed_dim=24, vision_cfg=dict(image_size=64, layers=[1, 1, 1, 1], width=8, head_width=32),
-                  text_cfg=dict(context_length=77, vocab_size=49408, width=16, heads=2, layers=1))
-    (folder / "finessl-test-rn.json").write_text(json.dumps(config))
-    open_clip.add_model_config(folder / "finessl-test-rn.json")
-    torch.manual_seed(0)
-    model = open_clip.CLIP(**config).eval()
-    save_file(model.state_dict(), folder / "rn.safetensors")
-    yield model, folder / "rn.safetensors"
-    open_clip.factory._MODEL_CONFIG_PATHS.remove(folder / "finessl-test-rn.json")
-    open_clip.factory._MODEL_CONFIGS.pop("finessl-test-rn")
+    vision = dict(image_size=64, layers=[1, 1, 1, 1], width=8, head_width=32)
+    with small_clip(tmp_path_factory.mktemp("clip"), "finessl-test-rn", vision) as made: yield made
 
 
 def small(file): return load_backbone("timm:test_resnet", checkpoint=file, image_size=32)
