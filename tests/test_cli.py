@@ -507,6 +507,9 @@ def test_ctrl_c_before_the_first_step(finessl, monkeypatch):
     code, out, err = finessl("train", "--data", "digits", "--per-class", "1", "--out", "run")
     assert code == 130 and err.startswith("finessl: stopped before the first checkpoint; start again with: finessl "
                                           "train --data digits"), err
+    code, out, err = finessl("train", "--data", "digits", "--per-class", "1", "--out", "run", "--resume")
+    assert code == 130 and err.startswith("finessl: stopped at once; start again with: finessl train --data digits")
+    assert err.endswith(" --resume\n"), err
 
 
 def test_a_folder_of_ones_own_is_learned_with_care_and_everything_else_as_in_the_paper(folder, finessl, tmp_path):

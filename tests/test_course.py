@@ -1,13 +1,15 @@
 """A course from end to end: copies for students, marks for what they hand in, whatever that does.
 
 The course here is a small one of its own, whose notebook imports nothing but `math`: a process costs a moment."""
-import csv, json, os
+import ast, csv, json, os, shutil, subprocess, sys
 from pathlib import Path
 import nbformat
 import pytest
+from nbclient import NotebookClient
 from finessl.checks import raises
 from finessl.cli.main import main
-from finessl.course.exercises import find_sources, read_exercises, read_mark, read_notebook, source_of
+from finessl.course.exercises import (code_of, find_sources, read_exercises, read_mark, read_notebook, source_of,
+                                      spoiled)
 from finessl.course.grade import Limits, find_submissions, grade_all
 from finessl.course.make import make_course
 from finessl.course.sandbox import can_isolate
@@ -149,6 +151,23 @@ def test_wrong_use_is_one_sentence(course, capsys, monkeypatch, words, sentence)
     assert code == 2 and sentence in said and said.count("\n") == 1, said
 
 
+def names_in(cell): # of a code cell: what it defines, what it reads
+    tree = ast.parse(code_of(cell))
+    assigned = {n.id for s in tree.body if isinstance(s, ast.Assign) for t in s.targets for n in ast.walk(t)
+                if isinstance(n, ast.Name)}
+    return (assigned | {s.name for s in tree.body if isinstance(s, (ast.FunctionDef, ast.ClassDef))},
+            {n.id for n in ast.walk(tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)})
+
+
+def check_spoiled(source, copy): # path; the student's notebook
+    cells = [c for c in read_notebook(source)["cells"] if spoiled(c)]
+    assert {n for c in cells for n in spoiled(c)} <= {e.number for e in read_exercises(source)}
+    code = [c for c in copy["cells"] if c["cell_type"] == "code"]
+    assert not any(spoiled(c) for c in code)
+    gone = {name for c in cells for name in names_in(c)[0]} - {name for c in code for name in names_in(c)[0]}
+    assert gone.isdisjoint({name for c in code for name in names_in(c)[1]}), f"{source.name} needs what is left out"
+
+
 def test_a_course_of_this_project_holds_no_solution(tmp_path):
     made = make_course(root / "nbs", tmp_path / "course")
     assert sum(map(len, made.values())) == len(list(csv.DictReader(open(tmp_path / "course" / "course.csv"))))
@@ -161,6 +180,7 @@ def test_a_course_of_this_project_holds_no_solution(tmp_path):
         for e in exercises:
             body = e.solution.split("\n", 1)[-1].strip()
             assert not body or body not in text, f"{name}: the solution of {e.number} stands in the copy"
+        check_spoiled(root / "nbs" / f"{name}.ipynb", nb)
         graded = [c["metadata"]["nbgrader"] for c in nb["cells"] if "nbgrader" in c["metadata"]]
         assert sum(g.get("points", 0) for g in graded) == sum(e.points for e in exercises)
         assert len({g["grade_id"] for g in graded}) == len(graded)
@@ -173,11 +193,62 @@ def test_a_course_of_this_project_holds_no_solution(tmp_path):
     assert all(f"## In {t}" in plan for t in ("one week", "two weeks", "four weeks"))
 
 
+@pytest.fixture(scope="module")
+def whole_course(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole") / "course"
+    return folder, make_course(root / "nbs", folder)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [Path(p).stem for p in find_sources(root / "nbs")])
+def test_a_copy_runs_to_its_end_with_nothing_filled_in(name, whole_course, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(root))
+    monkeypatch.setenv("TQDM_DISABLE", "1")
+    nb = nbformat.read(whole_course[0] / "student" / f"{name}.ipynb", as_version=4)
+    NotebookClient(nb, timeout=1200, kernel_name="python3", resources={"metadata": {"path": str(root / "nbs")}}).execute()
+    failed = {read_mark(c) for c in nb.cells for o in c.get("outputs", ()) if o["output_type"] == "error"}
+    exercises = {e.number: e for e in whole_course[1][name]}
+    assert {m.part for m in failed} <= {"check", "bonus"}
+    assert {m.number for m in failed if m.part == "check"} == {n for n, e in exercises.items() if e.kind != "explain"}
+
+
+@pytest.mark.slow
+def test_solutions_get_every_point_and_empty_copies_none(whole_course, tmp_path):
+    folder, made = whole_course
+    for student, filled in (("ada", True), ("bob", False)):
+        (tmp_path / student).mkdir()
+        for name, exercises in made.items():
+            nb, by_number = read_notebook(folder / "student" / f"{name}.ipynb"), {e.number: e for e in exercises}
+            for c in nb["cells"] if filled else ():
+                if (m := read_mark(c)) and m.part == "stub": c["source"] = by_number[m.number].solution
+            (tmp_path / student / f"{name}.ipynb").write_text(json.dumps(nb))
+    results = grade_all(find_submissions(tmp_path), find_sources(root / "nbs"), limits=Limits(seconds=300., start=300.))
+    for o in results["ada"]: assert o.exercise.kind == "explain" or o.points == o.exercise.points, o
+    for o in results["bob"]: assert not o.points and not o.bonus, o
+
+
 def test_nbgrader_takes_the_copies_as_they_are(tmp_path):
     validator = pytest.importorskip("nbgrader.nbgraderformat.v3", reason="nbgrader is not installed")
     make_course(root / "nbs", tmp_path / "course")
     for path in (tmp_path / "course" / "student").iterdir():
         validator.MetadataValidatorV3().validate_nb(nbformat.read(path, as_version=4))
+
+
+@pytest.mark.slow
+def test_nbgrader_marks_what_is_handed_in(course):
+    pytest.importorskip("nbgrader.apps", reason="nbgrader is not installed")
+    path, hand_in = course
+    for student, answers in {"ada": GOOD, "bob": {"1.2": GOOD["1.2"]}}.items(): hand_in(student, answers)
+    (path / "source").mkdir(), (path / "submitted").mkdir()
+    shutil.copytree(path / "course" / "student", path / "source" / "ps1")
+    for student in ("ada", "bob"): shutil.copytree(path / "in" / student, path / "submitted" / student / "ps1")
+    shutil.copy(path / "course" / "nbgrader_config.py", path)
+    for words in ("generate_assignment ps1 --create", "autograde ps1", "export"):
+        subprocess.run([sys.executable, "-m", "nbgrader", *words.split()], cwd=path, check=True, timeout=300)
+    released = read_notebook(path / "release" / "ps1" / "01_circle.ipynb")
+    assert {CELLS[4][1], CELLS[9][1]} <= {source_of(c) for c in released["cells"]} # the stubs
+    rows = {r["student_id"]: (float(r["score"]), float(r["max_score"])) for r in csv.DictReader(open(path / "grades.csv"))}
+    assert rows == {"ada": (5, 9), "bob": (2, 9)} # 1.3 is marked by a person
 
 
 def test_an_exercise_that_lacks_a_part_is_named(tmp_path):

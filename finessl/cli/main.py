@@ -131,4 +131,6 @@ def resume_command(stopped: str, argv: list[str], args) -> str:
     if (command == "demo" and (getattr(args, "resume", False) or hasattr(args, "begun"))
             and (there("*/record.json") or there("*/*checkpoint.pt"))):
         return f"{stopped or 'stopped at once, what was finished is kept'}; go on with: {again} --resume"
-    return f"stopped{' before the first checkpoint' if command in ('train', 'demo') else ''}; start again with: {again}"
+    before = " before the first checkpoint" if command in ("train", "demo") else ""
+    if "--resume" in argv: before, again = " at once", f"{again} --resume" # what is in its folder was not looked at yet
+    return f"stopped{before}; start again with: {again}"

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['STORED_VIEWS', 'image_keys', 'code_version', 'table_code', 'draw_views', 'read_some', 'fill_table', 'plain_table',
-           'stored_features', 'StoredView', 'StoredData', 'views_table', 'store_views', 'FinishedEncoder',
-           'on_features', 'on_images']
+           'cpu_threads', 'stored_features', 'StoredView', 'StoredData', 'views_table', 'store_views',
+           'FinishedEncoder', 'on_features', 'on_images']
 
 # %% ../../nbs/engine/features.ipynb #fea00004
 import errno, functools, hashlib, sys
@@ -83,24 +83,29 @@ def fill_table(
     x: Tensor|ImageFiles, keys: list, # images, and what `image_keys` says of them
     encode, # (B, 3, H, W) uint8, B keys -> (B, width)
     title: str, # of the progress bar
+    threads: int = 0, # batches encoded at a time, by one core each; 0: one after the other, by all cores or a GPU
     batch: int = 32, # images at a time
     progress: bool|None = None # None: a bar where somebody looks
 ) -> Tensor: # (N,) int64, places in the table; -1: left out
     "Compute the rows that are not there."
-    at, added, depth = table.find(keys), set(), 2 if isinstance(x, ImageFiles) else 0
+    at, added, depth = table.find(keys), set(), threads or 2 * isinstance(x, ImageFiles)
     first = {key: i for i, key in reversed(list(enumerate(keys)))} # copies are encoded once
     todo = [i for i in range(len(keys)) if at[i] < 0 and (keys[i] is None or first[keys[i]] == i)]
+    def rows_of(images, at): return encode(images, [keys[i] for i in at]) if at else images
     def make(k):
         images, some = read_some(x, todo[k:k + batch])
+        if threads:
+            with fresh_torch(1), torch.no_grad(): images = rows_of(images, some)
         return {"x": images, "at": torch.tensor(some, dtype=torch.int64)}
     while todo:
         if added: table.leave_disk(OSError(errno.EIO, "what was written there is gone"))
         with tqdm(total=len(todo), desc=title, unit=" images", disable=None if progress is None else not progress,
                   leave=False, file=sys.stderr) as bar:
             for made in prefetch(make, range(0, len(todo), batch), depth):
-                some = [keys[i] for i in made["at"].tolist()]
-                if some: table.add(some, encode(made["x"], some))
-                added.update(some)
+                some = made["at"].tolist()
+                rows = made["x"] if threads else rows_of(made["x"], some)
+                if some: table.add([keys[i] for i in some], rows)
+                added.update(keys[i] for i in some)
                 bar.update(min(batch, len(todo) - bar.n))
         table.read()
         at = table.find(keys)
@@ -115,6 +120,10 @@ def plain_table(encoder, view, folder: Path|None, precision: str = "float32"): #
         with autocast(device, precision): return encoder(view(to_device(images, device))).float().cpu()
     return FeatureTable(table_code(encoder, [view], precision), encoder.width, folder), encode
 
+def cpu_threads(encoder) -> int: # 0 on a GPU
+    "Batches that are encoded at the same time."
+    return torch.get_num_threads() if next(encoder.parameters()).device.type == "cpu" else 0
+
 def stored_features(
     encoder, # frozen; on the device that computes
     x: Tensor|ImageFiles, # uint8 (N, 3, H, W)
@@ -124,7 +133,7 @@ def stored_features(
 ) -> tuple[Tensor, Tensor]: # (R, D) float32, mapped from the disk; (N,) int64, an image's place in it, -1: left out
     "Features of plain views; those that are not there yet are computed."
     table, encode = plain_table(encoder, view, folder)
-    at = fill_table(table, x, image_keys(x), encode, "features", progress=progress)
+    at = fill_table(table, x, image_keys(x), encode, "features", cpu_threads(encoder), progress=progress)
     return table.rows, at
 
 # %% ../../nbs/engine/features.ipynb #fea00023
@@ -179,12 +188,12 @@ def store_views(
     "Features of plain views of all images, and of weak and strong views of those that are trained on."
     plain, encode = plain_table(encoder, views.eval_view, folder, precision)
     drawn, encode_views = views_table(encoder, views, n_weak, n_strong, seed, folder, precision)
-    at, at_drawn = [], []
+    at, at_drawn, threads = [], [], cpu_threads(encoder)
     for x, name in zip((dataset.x_lb, dataset.x_ulb, dataset.x_test), ("labelled", "unlabelled", "test")):
         keys = image_keys(x)
-        at.append(fill_table(plain, x, keys, encode, f"{name}: features", progress=progress))
+        at.append(fill_table(plain, x, keys, encode, f"{name}: features", threads, progress=progress))
         if name == "test": at_drawn.append(at[-1])
-        else: at_drawn.append(fill_table(drawn, x, keys, encode_views, f"{name}: views", progress=progress))
+        else: at_drawn.append(fill_table(drawn, x, keys, encode_views, f"{name}: views", threads, progress=progress))
     keep = [(a >= 0) & (b >= 0) for a, b in zip(at, at_drawn)]
     y = [y[k] for y, k in zip((dataset.y_lb, dataset.y_ulb, dataset.y_test), keep)]
     if lost := [c for i, c in enumerate(dataset.classes) if i not in y[0]]:
