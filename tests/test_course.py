@@ -205,7 +205,8 @@ def test_a_copy_runs_to_its_end_with_nothing_filled_in(name, whole_course, monke
     monkeypatch.setenv("PYTHONPATH", str(root))
     monkeypatch.setenv("TQDM_DISABLE", "1")
     nb = nbformat.read(whole_course[0] / "student" / f"{name}.ipynb", as_version=4)
-    NotebookClient(nb, timeout=1200, kernel_name="python3", resources={"metadata": {"path": str(root / "nbs")}}).execute()
+    here = {"metadata": {"path": str(root / "nbs")}}
+    NotebookClient(nb, timeout=1200, kernel_name="python3", resources=here).execute()
     failed = {read_mark(c) for c in nb.cells for o in c.get("outputs", ()) if o["output_type"] == "error"}
     exercises = {e.number: e for e in whole_course[1][name]}
     assert {m.part for m in failed} <= {"check", "bonus"}
@@ -247,8 +248,8 @@ def test_nbgrader_marks_what_is_handed_in(course):
         subprocess.run([sys.executable, "-m", "nbgrader", *words.split()], cwd=path, check=True, timeout=300)
     released = read_notebook(path / "release" / "ps1" / "01_circle.ipynb")
     assert {CELLS[4][1], CELLS[9][1]} <= {source_of(c) for c in released["cells"]} # the stubs
-    rows = {r["student_id"]: (float(r["score"]), float(r["max_score"])) for r in csv.DictReader(open(path / "grades.csv"))}
-    assert rows == {"ada": (5, 9), "bob": (2, 9)} # 1.3 is marked by a person
+    rows = csv.DictReader(open(path / "grades.csv"))
+    assert {r["student_id"]: (float(r["score"]), float(r["max_score"])) for r in rows} == {"ada": (5, 9), "bob": (2, 9)} # 1.3 is marked by a person
 
 
 def test_an_exercise_that_lacks_a_part_is_named(tmp_path):
