@@ -249,7 +249,8 @@ def test_nbgrader_marks_what_is_handed_in(course):
     released = read_notebook(path / "release" / "ps1" / "01_circle.ipynb")
     assert {CELLS[4][1], CELLS[9][1]} <= {source_of(c) for c in released["cells"]} # the stubs
     rows = csv.DictReader(open(path / "grades.csv"))
-    assert {r["student_id"]: (float(r["score"]), float(r["max_score"])) for r in rows} == {"ada": (5, 9), "bob": (2, 9)} # 1.3 is marked by a person
+    # 1.3 is marked by a person
+    assert {r["student_id"]: (float(r["score"]), float(r["max_score"])) for r in rows} == {"ada": (5, 9), "bob": (2, 9)}
 
 
 def test_an_exercise_that_lacks_a_part_is_named(tmp_path):
