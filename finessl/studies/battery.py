@@ -90,8 +90,7 @@ def run_split(lab, job: dict, seed: int) -> dict: # `measure`, and a record
 
 # %% ../../nbs/studies/battery.ipynb #ba770015
 HOW = MappingProxyType({True: dict(batch=16, n_prompts=4), # the digits; else the photographs
-                        False: dict(batch=8, n_prompts=10, schedule=Schedule(150), prompt_init="tokens",
-                                    precision="bf16")})
+                        False: dict(batch=8, n_prompts=10, schedule=Schedule(150), prompt_init="tokens")})
 
 def run_prompts(job: dict, seed: int) -> dict: # as `run_split`
     "One split with prompts."
