@@ -1,5 +1,6 @@
 """ResNets as encoders: the library's features, each way of fine-tuning equal to a plain form, from file to predict."""
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -26,10 +27,11 @@ from finessl.engine.errors import BackboneError
 from finessl.engine.launch import launch
 from finessl.engine.peft_names import CONV_PEFT
 from finessl.engine.runs import load_run
+from finessl.engine.schedule import Schedule
 from finessl.engine.torch_state import as_generator
 from finessl.peft import build_model, trainable_state_dict
 from finessl.pseudo_labels import FixMatch
-from finessl.training import fit
+from finessl.training import Runtime, Settings, build_state, fit, prepare
 
 FEW = dict(steps=4, batch=6, evals=2, progress=False, checkpoint_every=1, device="cpu")
 TUNED = CONV_PEFT[1:]
@@ -160,6 +162,18 @@ def test_resume_is_bit_exact(name, ds, file, tmp_path):
     a, b = trainable_state_dict(whole.model), trainable_state_dict(on.model)
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
     assert [e["loss"] for e in whole.record["evaluations"]] == [e["loss"] for e in on.record["evaluations"]]
+
+
+def test_heads_first_then_the_whole_network(ds, file, tmp_path, monkeypatch):
+    monkeypatch.setenv("FINESSL_CACHE", str(tmp_path / "cache"))
+    settings, quiet = Settings(Schedule(4), batch=6, evals=1), Runtime("cpu", progress=False)
+    heads = fit(ds, small(file), FixMatch(), replace(settings, peft="linear", stored_views=(3, 5)), quiet)
+    begun = build_state(prepare(ds, small(file), FixMatch(), replace(settings, peft="full", head_init="trained"),
+                                quiet))
+    assert torch.equal(begun.model.head.weight, heads.model.head.weight)
+    run = fit(ds, small(file), FixMatch(), peft="full", head_init="trained", out=tmp_path / "run", **FEW)
+    assert torch.equal(load_run(tmp_path / "run").predict(ds.x_test), run.predict(ds.x_test))
+    assert not any(torch.equal(a, b) for a, b in zip(run.model.features.parameters(), small(file).parameters()))
 
 
 def one_of_two(file, ds):
