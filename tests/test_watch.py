@@ -167,6 +167,9 @@ def test_the_command_line_stops_with_one_sentence_and_says_at_the_end_what_was_s
 def test_other_words_than_warn_and_stop_are_refused(encoder):
     with pytest.raises(ValueError, match=r"on_collapse must be one of \('warn', 'stop'\), got 'ask'"):
         fit(small(), encoder, FineSSL(), on_collapse="ask", **BRIEF)
+    for name, wrong in (("compile", "nonsense"), ("progress", "loud")):
+        with pytest.raises(ValueError, match=f"{name} must be one of .*, got '{wrong}'"):
+            fit(small(), encoder, FineSSL(), **BRIEF | {name: wrong})
 
 
 def test_two_processes_see_what_one_sees(encoder):

@@ -12,7 +12,7 @@ import contextlib, os, pickle, shutil, signal, socket, subprocess, sys, tempfile
 from pathlib import Path
 import torch
 from .errors import PeerFailed, PeerLost, TrainingError, UsageError
-from .signals import heard_signals
+from .signals import STOP_SIGNALS, heard_signals
 from .storage import DISK_FULL_ERRNOS, write_atomic
 
 # %% ../../nbs/engine/launch.ipynb #7101f7cb
@@ -158,7 +158,8 @@ def collect_error(
     own = [e for e in said if not isinstance(e, (PeerLost, PeerFailed))]
     if own: return next((e for e in own if not isinstance(e, KeyboardInterrupt)), own[0])
     silent = {rank: code for rank, code in exits.items() if code and not files[rank].exists()}
-    if 130 in silent.values(): return KeyboardInterrupt()
+    # a signal that comes while it imports ends a process before it can say so
+    if {130, *(-s for s in STOP_SIGNALS)}.intersection(silent.values()): return KeyboardInterrupt()
     if EXIT_DISK_FULL in silent.values(): return disk_full_error(folder)
     for rank, code in silent.items():
         return TrainingError(
