@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['WAYS', 'SETS', 'LABELS', 'SPLITS', 'ALGORITHMS', 'choose_images', 'label_images', 'plan_runs', 'run_repeat',
-           'run_job', 'run_key', 'main']
+           'run_job', 'run_key', 'load_choices', 'choice_gains', 'main']
 
 # %% ../../nbs/studies/labelling.ipynb #b3d0bf6b
 import argparse, os, sys, time
@@ -80,6 +80,23 @@ def run_job(job: dict) -> dict: # the record
 def run_key(r: dict) -> tuple: # a job or its record
     "What names a job."
     return r["set"], r["n_per_class"], r["way"], r["row"]
+
+# %% ../../nbs/studies/labelling.ipynb #lab00002
+def load_choices(path) -> pd.DataFrame: # set, N, way, row, seed; accuracy in per cent; classes missed
+    "All repeats."
+    lines = [{"set": r["set"], "N": r["n_per_class"], "way": r["way"], "row": r["row"], "seed": s, "accuracy": a,
+              "missed": m} for r in read_records(path) for s, a, m in zip(r["seeds"], r["accuracy"], r["missed"])]
+    if not lines: raise FileNotFoundError(f"no records in {path}: run `python -m finessl.studies.labelling`")
+    return pd.DataFrame(lines)
+
+def choice_gains(df: pd.DataFrame, name: str, n: int) -> pd.DataFrame: # of `load_choices`; a set; labels a class
+    "Means of the three ways, and the gains of typical images, one line an algorithm."
+    wide = df[(df["set"] == name) & (df.N == n)].pivot_table(index=["row", "seed"], columns="way", values="accuracy")
+    rows = [r for r in ALGORITHMS if r in wide.index.get_level_values(0)]
+    out = wide.groupby(level=0).mean().loc[rows, list(WAYS)].round(1)
+    for other in WAYS[:2]:
+        out[f"typical − {other}"] = [str(paired_t_interval(wide.loc[r, "typical"], wide.loc[r, other])) for r in rows]
+    return out
 
 # %% ../../nbs/studies/labelling.ipynb #6a0bc614
 def main(argv=None) -> int: # exit code: 1 where a run broke
