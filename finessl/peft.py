@@ -16,7 +16,9 @@ from .backbone import Encoder
 from .data import Dataset, generator
 from .engine.adapters import FineTuned
 from .engine.encoders import is_timm
+from .engine.images import fetch_with_fallback
 from .engine.peft_names import PROMPTED, parse_peft, peft_error
+from .engine.prefetch import make_fetcher
 from .engine.torch_state import as_generator, fresh_torch
 
 # %% ../nbs/12_peft.ipynb #8e9791d7
@@ -201,7 +203,8 @@ def init_prompts_from_tokens(
 ) -> None:
     "Let the prompts start as the encoder's tokens of labelled images (see `token_prompts`)."
     some = torch.randperm(len(dataset.x_lb), generator=generator(seed, 0))[:TOKEN_IMAGES]
-    x, prompts = eval_view(dataset.x_lb[some].to(device)), model.features.prompts
+    x, _ = fetch_with_fallback(make_fetcher(dataset.x_lb, device), dataset.x_lb, some, dataset.y_lb)
+    x, prompts = eval_view(x), model.features.prompts
     prompts.copy_(token_prompts(model.features.encoder, x, prompts.shape[1], seed)[:len(prompts)]) # shallow: one layer
 
 # %% ../nbs/12_peft.ipynb #hdm00002

@@ -1,15 +1,20 @@
 "Where heads start, and prompts that enter once: each is a run like any other, saved, resumed and loaded."
+from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
 from finessl.algorithms import FineSSL
 from finessl.backbone import caption_templates, class_embeddings, load_backbone
 from finessl.cli.main import main as finessl
+from finessl.data import Dataset
 from finessl.engine.heads import probe_rows, text_rows
+from finessl.engine.images import ImageFiles, SkippedFiles
 from finessl.engine.runs import load_run
 from finessl.peft import VPT, build_model, init_heads_from_means, mean_rows
 from finessl.pseudo_labels import FixMatch
 from finessl.training import Runtime, Settings, build_state, fit, prepare
+from PIL import Image
+from sklearn.datasets import load_digits
 from test_training import few, run
 
 encoder = load_backbone("pocket")
@@ -99,3 +104,48 @@ def test_on_the_command_line(tmp_path, capsys):
     assert (record["peft"], record["head_init"], record["n_prompts"]) == ("vpt-shallow", "text", 1)
     assert finessl([*some, "--peft", "vpt-shalow", "--out", str(tmp_path / "no")]) == 2
     assert "must be one of vpt, linear, lora" in capsys.readouterr().err
+
+
+def photographs(folder): # three classes of three images, and six more without a label
+    "Real digits as files that are left out where they cannot be read."
+    bunch = load_digits()
+    def save(path, image):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray((image * 255 / 16).astype("uint8")).save(path)
+        return path
+    files = [save(folder / f"{c}/{k}.png", image) for c in range(3)
+             for k, image in enumerate(bunch.images[bunch.target == c][:3])]
+    more = [save(folder / f"more/{k}.png", image) for k, image in enumerate(bunch.images[-6:])]
+    x = [ImageFiles(some, 32, SkippedFiles(folder)) for some in (files, more, more)]
+    y = torch.arange(3).repeat_interleave(3), torch.full((6,), -1), torch.zeros(6, dtype=torch.int64)
+    return Dataset(x[0], y[0], x[1], y[1], x[2], y[2], ("0", "1", "2"), None), files
+
+
+@pytest.mark.parametrize("how", ["means", "probe"])
+def test_a_labelled_file_that_breaks_later_starts_nothing(tmp_path, how):
+    "It is in no mean and lends no token, whoever reads it first."
+    def begin(ds, prompts="random"):
+        settings = Settings(batch=4, n_prompts=2, head_init=how, prompt_init=prompts)
+        return build_state(prepare(ds, encoder, FixMatch(), settings, Runtime("cpu"))).model
+    ds, files = photographs(tmp_path)
+    files[4].write_text("broken")
+    rest = [0, 1, 2, 3, 5, 6, 7, 8]
+    without = ds._replace(x_lb=ImageFiles([files[i] for i in rest], 32), y_lb=ds.y_lb[rest])
+    assert torch.allclose(begin(ds).head.weight, begin(without).head.weight, atol=1e-6)
+    assert begin(photographs(tmp_path / "again")[0]._replace(x_lb=ds.x_lb), "tokens").features.prompts.isfinite().all()
+
+
+def test_a_run_goes_on_without_a_labelled_file_that_broke(tmp_path):
+    how = dict(steps=6, batch=4, evals=1, n_prompts=2, head_init="means", prompt_init="tokens", checkpoint_every=2,
+               progress=False, device="cpu")
+    class Stop(FixMatch):
+        def __call__(self, logits, state):
+            if len(calls) == 3: raise RuntimeError("cut")
+            calls.append(0)
+            return super().__call__(logits, state)
+    Stop.__name__, calls = "FixMatch", []
+    ds, files = photographs(tmp_path / "photos")
+    with pytest.raises(RuntimeError, match="cut"): fit(ds, encoder, Stop(), out=tmp_path / "run", **how)
+    files[4].write_text("broken")
+    on = fit(ds, encoder, FixMatch(), out=tmp_path / "run", resume=True, **how)
+    assert [Path(f).name for f in on.record["unreadable"]] == ["1.png"]

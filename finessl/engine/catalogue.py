@@ -51,14 +51,16 @@ TIMM_HOMES = ("vision_transformer", "vision_transformer_hybrid", "deit", # the f
               "resnet", "resnest", "res2net", "sknet") # and ResNets
 
 def did_you_mean(wrong: str, names) -> str: # "; did you mean …?" or ""
-    "Up to three names that are close to a wrong one."
-    close = difflib.get_close_matches(wrong, names, 3, .5)
+    "Up to three names that are close to a wrong one, or begin as it does."
+    def near(name): return max(difflib.SequenceMatcher(None, wrong, n).ratio() for n in (name, name[:len(wrong)]))
+    scored = sorted((-near(name), len(name), name) for name in names)
+    close = [name for score, _, name in scored[:3] if score <= -.5]
     return f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
 
 def timm_objection(
     name: str, # "timm:NAME"
     home: str|None, # timm's file that holds the architecture; None: there is no such architecture
-    archs, # all architectures of timm
+    archs, # architectures of timm, to suggest one
     weights # names with pretrained weights, ARCHITECTURE.TAG, at least those of this architecture
 ) -> str: # a sentence, or ""
     "Why timm has no encoder of that name that is served."
@@ -104,7 +106,8 @@ def name_error(
         return open_clip_objection(name, archs, [n.partition("/")[2] for n in known if n.startswith(arch + "/")])
     archs, arch = [*c.elsewhere, *(n for n in known if "." not in n)], full.partition(".")[0]
     home = c.elsewhere.get(arch, TIMM_HOMES[0] if arch in archs else None)
-    return timm_objection(name, home, archs, [n for n in known if "." in n])
+    served = [n for n in known if "." not in n and f"timm:{n}" not in c.refused]
+    return timm_objection(name, home, served, [n for n in known if "." in n])
 
 # %% ../../nbs/engine/catalogue.ipynb #6db459ed
 def speaks_for(

@@ -13,6 +13,7 @@ from torch import Tensor
 from ..backbone import caption_templates, class_embeddings
 from .errors import DataError
 from .evaluation import predict_logits
+from .images import readable_mask
 from .torch_state import fresh_torch
 from ..lab import logistic_probe
 from ..peft import mean_rows
@@ -52,6 +53,7 @@ def init_heads(
         rows = text_rows(setup.encoder, dataset.classes, caption_templates(setup.encoder))
     else:
         feat = predict_logits(model.features, dataset.x_lb, s.views.eval_view, device)
-        rows = HEAD_ROWS[s.head_init](feat, dataset.y_lb, len(dataset.classes))
+        read = readable_mask(dataset.x_lb)                     # a file that cannot be read lent its place
+        rows = HEAD_ROWS[s.head_init](feat[read], dataset.y_lb[read], len(dataset.classes))
     if not rows.isfinite().all(): raise DataError("every class needs a labelled image with finite features")
     for head in (model.head, model.aux_head): head.weight.copy_(rows.to(device))
