@@ -18,6 +18,7 @@ from .predict import add_predict
 from .report import add_report
 from .train import add_train
 from ..engine.errors import PeerFailed, TrainingError, UnreadableError, printable
+from ..engine.moved import call_as
 from ..engine.signals import STOP_SIGNALS, requeue_hint
 from ..engine.streams import SafeStream, drop_output, settle_streams
 
@@ -77,6 +78,9 @@ def main(
         if whole:
             for s in AT_ONCE: signal.signal(s, signal.SIG_IGN) # the exit code stands
             end_output()
+
+# %% ../../nbs/cli/main.ipynb #0a1b2c3d
+if __name__ != "__main__": call_as(__name__, "main") # `from finessl.cli import main` was the function in 0.1
 
 # %% ../../nbs/cli/main.ipynb #fe6b737d
 def format_message(message: str, kind: str = "error: ") -> str:
