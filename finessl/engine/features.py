@@ -84,10 +84,11 @@ def fill_table(
     encode, # (B, 3, H, W) uint8, B keys -> (B, width)
     title: str, # of the progress bar
     threads: int = 0, # batches encoded at a time, by one core each; 0: one after the other, by all cores or a GPU
-    batch: int = 32, # images at a time
+    batch: int|None = None, # images at a time; None: 16 where cores have batches of their own, else 32
     progress: bool|None = None # None: a bar where somebody looks
 ) -> Tensor: # (N,) int64, places in the table; -1: left out
     "Compute the rows that are not there."
+    batch = batch or (16 if threads else 32)                   # a Ctrl-C waits for a batch a core
     at, added, depth = table.find(keys), set(), threads or 2 * isinstance(x, ImageFiles)
     first = {key: i for i, key in reversed(list(enumerate(keys)))} # copies are encoded once
     todo = [i for i in range(len(keys)) if at[i] < 0 and (keys[i] is None or first[keys[i]] == i)]
