@@ -1,5 +1,6 @@
 "Statistics of one's own runs: what the notebooks check, and what goes to and comes from files."
-import importlib.util, json, math
+import importlib.util, json, math, os, subprocess, sys, time
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -75,3 +76,28 @@ def test_scalars_for_tensorboard(tmp_path):
     events = EventAccumulator(str(tmp_path / "events"))
     events.Reload()
     assert [(e.step, e.value) for e in events.Scalars("loss")] == [(5, 2.), (10, 1.)]
+
+
+def say_and_wait(path): # a job: what its process is called, and then a long run
+    Path(path).write_text(str(os.getpid()))
+    time.sleep(600)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="processes are looked up in /proc")
+def test_a_killed_study_takes_its_workers_along(tmp_path):
+    code = ("import sys; from test_statistics import say_and_wait; from finessl.studies.runner import run_jobs\n"
+            "run_jobs([sys.argv[1]], say_and_wait, sys.argv[1] + '.jsonl', str, 1)")
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
+    study, pid = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "pid")], env=env), tmp_path / "pid"
+    try:
+        until(lambda: pid.exists() and pid.read_text() or study.poll() is not None)
+        study.kill()
+        until(lambda: not Path(f"/proc/{pid.read_text()}").exists(), 20)
+    finally: study.kill(), study.wait()
+
+
+def until(met, seconds=120):
+    end = time.monotonic() + seconds
+    while not met():
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(.1)

@@ -10,8 +10,8 @@ import multiprocessing, os, time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-import torch
 from ..engine.errors import TrainingError
+from ..engine.launch import begin_worker
 from ..engine.storage import append_record, encode_json, read_records
 from ..engine.streams import say
 
@@ -43,7 +43,7 @@ def run_jobs(
         say_recorded(path, len(jobs))
         return []
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers or os.cpu_count(), context, torch.set_num_threads, (1,)) as pool:
+    with ProcessPoolExecutor(workers or os.cpu_count(), context, begin_worker, (os.getpid(),)) as pool:
         futures = {pool.submit(run, job): job for job in left}
         for i, future in enumerate(as_completed(futures), 1):
             try:
