@@ -99,7 +99,7 @@ def fill_table(
             with fresh_torch(1), torch.no_grad(): images = rows_of(images, some)
         return {"x": images, "at": torch.tensor(some, dtype=torch.int64)}
     while todo:
-        if added: table.leave_disk(OSError(errno.EIO, "what was written there is gone"))
+        if added and table.on_disk: table.leave_disk(OSError(errno.EIO, "what was written there is gone"))
         with tqdm(total=len(todo), desc=title, unit=" images", disable=None if progress is None else not progress,
                   leave=False, file=sys.stderr) as bar:
             for made in prefetch(make, range(0, len(todo), batch), depth):
@@ -110,7 +110,7 @@ def fill_table(
                 bar.update(min(batch, len(todo) - bar.n))
         table.read()
         at = table.find(keys)
-        todo = [i for i in todo if at[i] < 0 and keys[i] in added and table.on_disk]
+        todo = [i for i in todo if at[i] < 0 and keys[i] in added and keys[i] is not None] # gone with the folder
     return at
 
 # %% ../../nbs/engine/features.ipynb #fea00021
