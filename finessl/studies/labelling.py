@@ -102,8 +102,8 @@ def choice_gains(df: pd.DataFrame, name: str, n: int) -> pd.DataFrame: # of `loa
 def main(argv=None) -> int: # exit code: 1 where a run broke
     "The command."
     ap = argparse.ArgumentParser("python -m finessl.studies.labelling", description=(
-        "Run and record every algorithm on images that were chosen to be labelled in three ways, about an hour on one "
-        "core. What is recorded already is not run again. Downloads nothing."))
+        "Run and record every algorithm on images that were chosen to be labelled in three ways, about 40 minutes on "
+        "one core. What is recorded already is not run again. Downloads nothing."))
     ap.add_argument("--sets", nargs="+", choices=SETS, default=SETS, metavar="SET", help=f"of {', '.join(SETS)}")
     ap.add_argument("--data", help="folder that holds cifar10 and textures, as for the battery")
     ap.add_argument("--checkpoint", help="weights file of timm's vit_tiny_patch16_224")

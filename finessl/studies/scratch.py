@@ -81,8 +81,8 @@ def run_key(r: dict) -> tuple: # a job or its record
 def main(argv=None) -> int: # exit code: 1 where a run broke
     "The command."
     ap = argparse.ArgumentParser("python -m finessl.studies.scratch", description=(
-        "Train the pocket's network from random weights, and prompts in the pre-trained one beside it: about an hour "
-        "and a half on one core. What is recorded already is not run again. Downloads nothing."))
+        "Train the pocket's network from random weights, and prompts in the pre-trained one beside it. What is "
+        "recorded already is not run again. Downloads nothing."))
     ap.add_argument("--records", type=Path, default=Path("figures/records"), help="folder of the records (%(default)s)")
     ap.add_argument("--workers", type=int, default=1, help="processes of one thread each (%(default)s)")
     args = ap.parse_args(argv)
