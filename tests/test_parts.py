@@ -44,10 +44,22 @@ def sizes(dataset): return len(dataset.x_lb), len(dataset.x_ulb), len(dataset.x_
 # --- folders ---------------------------------------------------------------------------------------------------------
 
 def test_a_plain_folder_says_nothing(root, notes):
-    for name in (".DS_Store", "train/.hidden/a.png", "train/cat/Thumbs.db", "train/cat/._0.png", "train/dog/notes.txt"):
+    for name in (".DS_Store", "train/.ipynb_checkpoints/a.png", "train/cat/Thumbs.db", "train/cat/._0.png",
+                 "train/dog/notes.txt"):
         (root / name).parent.mkdir(exist_ok=True)
         (root / name).write_bytes(b"x")
     assert sizes(check_dataset(image_folder(root))) == (6, 10, 4) and not notes()
+
+
+def test_hidden_folders_of_images_are_named(root, notes):
+    for name in ("train/.birds/0.png", "unlabelled/more/.kept/1.png", "test/.old/2.png"):
+        (root / name).parent.mkdir(parents=True)
+        save(root / name, 70)
+    (root / "train/.empty").mkdir()
+    assert sizes(check_dataset(image_folder(root))) == (6, 10, 4)
+    assert sorted(notes().splitlines()) == [
+        f"not read in {root / 'test'}: .old/ (hidden)", f"not read in {root / 'train'}: .birds/ (hidden)",
+        f"not read in {root / 'unlabelled'}: more/.kept/ (hidden)"]
 
 
 @pytest.mark.parametrize("part, names", [
@@ -340,6 +352,21 @@ def test_slips_in_a_list_are_named_with_their_line(tmp_path):
                        'x/1.png a\n"' + "a" * 200_000 + ",x\n": "line 2: this is no line of a list"}.items():
         (tmp_path / "l.txt").write_text(text, encoding="utf-8")
         with pytest.raises(DataError, match=says): read_list(tmp_path / "l.txt")
+
+
+def test_a_list_as_windows_writes_it_in_the_west(root, notes):
+    (root / "train/cat").rename(root / "train/café")
+    names = [f"train/{k}/{i}.png,{label}" for k, label in (("café", "Bär"), ("dog", "chien")) for i in range(3)]
+    folder = root / "train/café"
+    for code in ("utf-8", "cp1252"):
+        (root / "labelled.csv").write_bytes("\n".join(names).encode(code))
+        ds = image_lists(root)
+        assert ds.classes == ("Bär", "chien") and [Path(file).parent for file in ds.x_lb.files[:3]] == [folder] * 3
+        ds.x_lb[:]
+        assert ("cp1252" in notes()) == (code == "cp1252")
+    (root / "labelled.csv").write_bytes(b"train/dog/0.png,B\x81r\n")
+    with pytest.raises(DataError, match=r"labelled.csv, line 1: .* is no UTF-8; save the list in UTF-8"):
+        image_lists(root)
 
 
 def test_accents_in_a_list_are_those_on_the_disk(tmp_path):

@@ -18,6 +18,9 @@ from .images import image_extensions
 # %% ../../nbs/engine/parts.ipynb #940e41dd
 _SYSTEM = {"@eadir", "@recycle", "#recycle", "#snapshot", "@recently-snapshot", "$recycle.bin", "lost+found",
            "system volume information", "__macosx", "__pycache__"} # of network drives, Windows, Linux, macOS, Python
+_PROGRAMS = {".ipynb_checkpoints", ".git", ".cache", ".thumbnails", ".thumbs", ".@__thumb", ".trash", ".trashes",
+             ".appledouble", ".temporaryitems", ".fseventsd", ".spotlight-v100", ".documentrevisions-v100", ".dvc",
+             ".svn", ".hg", ".idea", ".vscode", ".venv"} # no word is lost on these
 _NOTES = {".txt", ".md", ".csv", ".tsv", ".json", ".jsonl", ".xml", ".xmp", ".yaml", ".yml", ".toml", ".ini", ".db",
           ".html", ".htm", ".log", ".url", ".lnk", ".py", ".ipynb"} # what lies beside images
 
@@ -31,6 +34,14 @@ def is_hidden(name: str) -> bool: # name: of a file or a folder
     "Whether it is hidden, or a system's own."
     return name.startswith(".") or name.casefold() in _SYSTEM
 
+def _why_passed(folder: Path) -> str|None: # None: nobody misses it
+    "Why a folder is not read that is hidden, or a system's own."
+    name = folder.name.casefold()
+    if name in _SYSTEM: return "a system's own folder"
+    if name in _PROGRAMS or name.startswith(".trash-"): return None
+    images = (f for _, _, names in os.walk(folder) for f in names if Path(f).suffix.lower() in image_extensions())
+    return "hidden" if next(images, None) else None
+
 def list_images(folder: Path) -> Listing:
     "Image files in a folder and below."
     out, seen = Listing([], {}, {}), set()
@@ -43,7 +54,8 @@ def list_images(folder: Path) -> Listing:
             folders[:] = []
             continue
         seen.add(key)
-        out.passed.update({Path(where, n): "a system's own folder" for n in whole if n.casefold() in _SYSTEM})
+        hidden = (Path(where, name) for name in whole if is_hidden(name))
+        out.passed.update({folder: why for folder in hidden if (why := _why_passed(folder))})
         for file in (Path(where, name) for name in names if not name.startswith(".") or name.endswith(".icloud")):
             ending = file.suffix.lower()
             if ending in image_extensions(): out.files.append(file)
@@ -113,12 +125,13 @@ def say_other_folders(root: Path, found: dict): # found: of find_parts
 # %% ../../nbs/engine/parts.ipynb #68e56c4a
 def class_folders(folder: Path) -> dict[str, Listing]: # name -> its files, sorted by name
     "Every class folder; what is not read is named once."
-    try: entries = sorted((e for e in folder.iterdir() if not e.name.startswith(".")), key=lambda e: e.name)
+    try: entries = sorted(folder.iterdir(), key=lambda e: e.name)
     except OSError as error: raise DataError(f"{folder} cannot be listed: {error.strerror.lower()}") from None
     listings, other, passed, seen = {}, {}, {}, {}
     for e in entries:
         name, ending = unicodedata.normalize("NFC", e.name), e.suffix.lower()
-        if e.is_dir() and is_hidden(e.name): passed[e] = "a system's own folder"
+        if is_hidden(e.name):
+            if e.is_dir() and (why := _why_passed(e)): passed[e] = why
         elif e.is_dir():
             if seen.setdefault(visible(name), name) != name or name in listings:
                 raise DataError(f"{folder} holds two folders whose names look the same, {name!r}; make one of them")

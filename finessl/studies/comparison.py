@@ -185,7 +185,7 @@ def main(argv=None) -> int: # exit code: 1 where a run broke
         ap.error(f"unknown study {unknown[0]!r}; there are: {', '.join(STUDIES)}")
     try:
         if args.figures:
-            from finessl.studies.comparison_figures import write_figures
+            from finessl.studies.comparison_results import write_figures
             return write_figures(args.records, args.figures, args.overwrite)
         return int(any([run_study(study, args.records, args.workers) for study in args.studies or STUDIES]))
     except (FileNotFoundError, UsageError) as error:
