@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['TEMPLATES', 'DIGIT_WORDS', 'FREQUENCY_ORDER', 'POCKET_CONFIG', 'PIXEL_MEAN', 'PIXEL_STD', 'captions',
-           'class_frequencies', 'draw_batch', 'caption_contrast', 'build_pocket', 'Recipe', 'learning_rate',
-           'pretrain_step', 'pocket_optimizer', 'pretrain', 'pretrain_card', 'save_pocket']
+           'class_frequencies', 'pick_glyphs', 'draw_glyphs', 'draw_batch', 'caption_contrast', 'build_pocket',
+           'Recipe', 'learning_rate', 'pretrain_step', 'pocket_optimizer', 'descend', 'pretrain', 'pretrain_card',
+           'save_pocket']
 
 # %% ../../nbs/pocket/pretrain.ipynb #6e7801a4
 import contextlib, copy, hashlib, math, platform, time
@@ -54,21 +55,35 @@ def class_frequencies(
     return torch.cat([tail / tail.sum() * digit_share, letters])
 
 # %% ../../nbs/pocket/pretrain.ipynb #d8261519
-def draw_batch(
+def pick_glyphs(
     glyphs: Glyphs,
     frequencies: Tensor, # (K,) how often each character is drawn, any scale
-    n: int, # images
-    generator: torch.Generator, # on the CPU
-    hand: HandStyle = HandStyle()
-) -> tuple[Tensor, Tensor]: # (n, 3, 32, 32) uint8; (n,) int64 positions in `CHARACTERS`
-    "Freshly drawn characters."
+    n: int, # how many
+    generator: torch.Generator # on the CPU
+) -> tuple[Tensor, Tensor]: # (n,) int64 rows of `glyphs`; (n,) int64 positions in `CHARACTERS`
+    "Characters by frequency, for each a font or variant."
     y = torch.multinomial(frequencies, n, replacement=True, generator=generator)
     ways = torch.bincount(glyphs.y, minlength=len(CHARACTERS)) # fonts and variants of each character
     nth = (torch.rand(n, generator=generator) * ways[y]).long()
     start = ways.cumsum(0) - ways
-    pick = glyphs.y.argsort(stable=True)[start[y] + nth]
-    drawings = trace_glyphs(glyphs.fields[pick], generator, hand)
-    return enlarge_digits(scan_drawings(drawings, generator, hand)), y
+    return glyphs.y.argsort(stable=True)[start[y] + nth], y
+
+def draw_glyphs(
+    glyphs: Glyphs,
+    pick: Tensor, # (n,) int64 rows of `glyphs`
+    generator: torch.Generator, # on the CPU
+    hand: HandStyle = HandStyle()
+) -> Tensor: # (n, 3, 32, 32) uint8
+    "A fresh drawing of each."
+    return enlarge_digits(scan_drawings(trace_glyphs(glyphs.fields[pick], generator, hand), generator, hand))
+
+def draw_batch(
+    glyphs: Glyphs, frequencies: Tensor, n: int, generator: torch.Generator, # see `pick_glyphs`
+    hand: HandStyle = HandStyle()
+) -> tuple[Tensor, Tensor]: # (n, 3, 32, 32) uint8; (n,) int64 positions in `CHARACTERS`
+    "Freshly drawn characters."
+    pick, y = pick_glyphs(glyphs, frequencies, n, generator)
+    return draw_glyphs(glyphs, pick, generator, hand), y
 
 # %% ../../nbs/pocket/pretrain.ipynb #61f3a501
 def caption_contrast(
@@ -142,23 +157,19 @@ def pocket_optimizer(model: nn.Module, r: Recipe) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, betas=(.9, .98))
 
 # %% ../../nbs/pocket/pretrain.ipynb #324c7883
-def pretrain(
-    recipe: Recipe = Recipe(),
-    device: str = "cpu",
-    log_every: int = 50, # steps between logged losses
-    progress=None # called with (step, loss) when a loss is logged
-) -> tuple[nn.Module, dict]: # the mean of the weights, in eval mode; the card: recipe, losses, seconds, versions
-    "Pre-train the pocket CLIP. The same recipe, device, threads and versions give the same bits."
-    r, clock = recipe, time.perf_counter()
+def descend(
+    model: nn.Module, # trained in place
+    loss_of, # step -> loss, scalar
+    r: Recipe,
+    log_every: int = 50, progress=None # see `pretrain`
+) -> tuple[nn.Module, list]: # the mean of the weights, in eval mode; (step, loss)
+    "The recipe's steps down a loss."
     if r.steps < 1: raise ValueError(f"steps must be >= 1, got {r.steps}")
-    glyphs, frequencies = render_glyphs(), class_frequencies(r.imbalance, r.digit_share)
-    tokens = [byte_tokens(captions(k)) for k in range(len(CHARACTERS))]
-    model = build_pocket(r.seed).to(device)
     average = copy.deepcopy(model).eval()
     optimizer, losses, since = pocket_optimizer(model, r), [], []
     for step in range(r.steps):
         for group in optimizer.param_groups: group["lr"] = learning_rate(step, r)
-        loss = pretrain_step(model, glyphs, frequencies, tokens, r, step)
+        loss = loss_of(step)
         optimizer.zero_grad(); loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.)
         optimizer.step()
@@ -169,6 +180,21 @@ def pretrain(
         if (step + 1) % log_every == 0 or step + 1 == r.steps:
             losses.append((step + 1, round(torch.stack(since).mean().item(), 5))); since = []
             if progress: progress(*losses[-1])
+    return average, losses
+
+def pretrain(
+    recipe: Recipe = Recipe(),
+    device: str = "cpu",
+    log_every: int = 50, # steps between logged losses
+    progress=None # called with (step, loss) when a loss is logged
+) -> tuple[nn.Module, dict]: # the mean of the weights, in eval mode; the card: recipe, losses, seconds, versions
+    "Pre-train the pocket CLIP. The same recipe, device, threads and versions give the same bits."
+    r, clock = recipe, time.perf_counter()
+    glyphs, frequencies = render_glyphs(), class_frequencies(r.imbalance, r.digit_share)
+    tokens = [byte_tokens(captions(k)) for k in range(len(CHARACTERS))]
+    model = build_pocket(r.seed).to(device)
+    average, losses = descend(model, lambda step: pretrain_step(model, glyphs, frequencies, tokens, r, step), r,
+                              log_every, progress)
     return average, pretrain_card(r, losses, time.perf_counter() - clock, device)
 
 # %% ../../nbs/pocket/pretrain.ipynb #1f273f10
