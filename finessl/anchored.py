@@ -100,7 +100,7 @@ class AnchoredSettings:
 class AnchoredFineSSL(AnchoredSettings):
     "FineSSL's margins; steadier, mildly balanced pseudo-labels; weights from a head that learns from labels alone."
     required_outputs = frozenset({"weak", "strong", "aux"})
-    detach_aux, head_init = True, "means" # where the run's settings do not say otherwise
+    detach_aux, head_init = True, "centred" # where the run's settings do not say otherwise
 
     def init(self, n_ulb: int, n_classes: int, device=None) -> dict:
         "An empty pace table and an empty memory."

@@ -17,7 +17,7 @@ from .engine.processes import device_for_rank
 from .engine.runs import TrainedRun
 from .engine.settings import validate
 from .engine.torch_state import fresh_torch
-from .peft import build_model, trainable_state_dict
+from .peft import build_model, take_centres, trainable_state_dict
 from .training import Runtime, Settings, fit, read_keywords
 from .views import default_views
 
@@ -58,6 +58,7 @@ def fit_distributed(
     call = dataset, encoder, algorithm, settings, runtime, out, resume, overwrite
     record, trained = launch(processes, fit_in_worker, *call)
     model = build_model(encoder, len(dataset.classes), record["peft"], record["n_prompts"])
+    take_centres(model, trained)
     model.load_state_dict(trained, strict=False)
     views = settings.views or default_views(dataset, encoder)
     return TrainedRun(model.to(device).eval(), record, views.eval_view, device)

@@ -17,7 +17,7 @@ from .data import Dataset, digits, generator, load_digit_images
 from .engine.batches import VIEW_STRONG, VIEW_WEAK, compute_logits, make_batch
 from .engine.environment import environment
 from .engine.errors import NonFiniteLoss
-from .engine.evaluation import evaluate, finalize_log
+from .engine.evaluation import evaluate, finalize_log, fixed_sample
 from .engine.feature_table import FeatureTable, cache_folder, numbered_rows
 from .engine.features import table_code
 from .engine.metrics import MetricAccumulator, classification_metrics
@@ -26,7 +26,7 @@ from .engine.progress import Timer
 from .engine.schedule import Schedule, cosine_lr
 from .engine.settings import split_info, to_dict
 from .engine.torch_state import fresh_torch
-from .peft import CosineHead, TwoHeadModel, init_heads_from_means
+from .peft import CENTRE_IMAGES, CosineHead, TwoHeadModel, init_heads_from_means
 from .views import Views, default_views
 
 # %% ../nbs/02_lab.ipynb #adcb95d9
@@ -199,7 +199,7 @@ def lab_run(
     evals: int = 10, # evaluations, evenly spaced
     init_seed: int|None = None, # of the heads; None: as `seed`
     momentum: float = .9, weight_decay: float = 5e-4,
-    head_init: str|None = None # "random", or "means": class means of the labelled images (see 12); None: as `fit` does
+    head_init: str|None = None # "random", "means" or "centred" (see 12); None: as `fit` does
 ) -> LabRun:
     "Train two fresh heads on a split of the lab with `train_heads`; the constants of `fit` are the defaults."
     if init_seed is None: init_seed = seed
@@ -208,8 +208,11 @@ def lab_run(
                              momentum=momentum, weight_decay=weight_decay, seed=seed, init_seed=init_seed,
                              labelled="all", precision="float32", evals=evals, head_init=head_init)
     model = TwoHeadModel(nn.Identity(), CosineHead(lab.feat.shape[1], len(dataset.classes), seed=init_seed))
-    if head_init == "means": init_heads_from_means(model, lab.feat[dataset.x_lb], dataset.y_lb)
-    elif head_init != "random": raise ValueError(f'head_init must be "random" or "means", got {head_init!r}')
+    if head_init not in ("random", "means", "centred"):
+        raise ValueError(f'head_init must be "random", "means" or "centred", got {head_init!r}')
+    some = dataset.x_ulb[fixed_sample(len(dataset.x_ulb), CENTRE_IMAGES)]
+    centre = lab.feat[some].mean(0) if head_init == "centred" else None
+    if head_init != "random": init_heads_from_means(model, lab.feat[dataset.x_lb], dataset.y_lb, centre)
     log = train_heads(model, dataset, lab.views, algorithm, schedule, seed, batch, mu, evals, momentum, weight_decay)
     with torch.no_grad():
         pool, test = lab.feat[dataset.x_ulb], lab.feat[dataset.x_test]

@@ -38,7 +38,8 @@ from .engine.settings import build_settings, validate, python_numbers, run_info
 from .engine.signals import GracefulStop, stop_on_signal
 from .engine.torch_state import fresh_torch
 from .engine.watch import Watch, report_symptoms
-from .peft import PROMPTED, build_model, default_n_prompts, init_prompts_from_tokens, weights_sha256
+from .peft import (PROMPTED, build_model, default_n_prompts, init_prompts_from_tokens, take_centres,
+                          trainable_state_dict, weights_sha256)
 from .views import Views, default_views
 
 # %% ../nbs/13_training.ipynb #6ae6d199
@@ -55,7 +56,7 @@ class Settings:
     peft: str = "vpt" # prompts in every layer; "vpt-shallow": before the first; "linear": heads; see engine.adapters
     n_prompts: int|None = None # per layer; None: as many for its tokens as the paper's 50 for ViT-B/16's 197
     prompt_init: str = "random" # "random" as in the paper, or "tokens" of the labelled images
-    head_init: str|None = None # "random" as in the paper; class "means", a "probe" or "text" (see engine.heads);
+    head_init: str|None = None # "random" as in the paper; "means", "centred", "probe" or "text" (see engine.heads);
     # "trained" on frozen features beforehand; None: as the algorithm says, "random" where it says nothing
     labelled: str = "all" # "release": drop labelled images as the released loader does
     precision: str|None = None # "float32" or "bf16"; None: bf16 on a GPU that has it; a resume keeps its own
@@ -250,6 +251,7 @@ def start_from_heads(setup: Setup, model):
     first = on_features(setup._replace(settings=settings, runtime=replace(setup.runtime, progress=False)))
     state = build_state(first)
     train(first, state)
+    take_centres(model, trainable_state_dict(state.model))
     model.head.load_state_dict(state.model.head.state_dict())
     model.aux_head.load_state_dict(state.model.aux_head.state_dict())
 

@@ -72,7 +72,8 @@ def train_on_features(
     D, known, none = feat.shape[1], y >= 0, feat[:0]
     dataset = Dataset(feat[known], y[known], feat, y, none, y[:0], tuple(map(str, range(n_classes))))
     model = TwoHeadModel(nn.Identity(), CosineHead(D, n_classes, seed=seed))
-    if getattr(algorithm, "head_init", "random") == "means": init_heads_from_means(model, feat[known], y[known])
+    start = getattr(algorithm, "head_init", "random")          # "centred": scaled features are
+    if start in ("means", "centred"): init_heads_from_means(model, feat[known], y[known])
     views = Views(NoisyView(D, weak), NoisyView(D, strong, drop), NoisyView(D), D, (), ())
     train_heads(model, dataset, views, algorithm, schedule, seed, batch, evals=1)
     return model

@@ -18,7 +18,7 @@ VIT_PEFT = ("vpt", "linear", *(name for name in SIZES if name != "bn"), "vpt-sha
 
 CONV_PEFT = ("linear", "bitfit", "bn", "ssf", "partial", "full") # what a ResNet has a place for
 
-HEAD_INITS = ("random", "means", "probe", "text", "trained") # see engine.heads and the training notebook
+HEAD_INITS = ("random", "means", "centred", "probe", "text", "trained") # see engine.heads and the training notebook
 
 MOST_SIZE = 2**14 # wider than any encoder that is served
 

@@ -22,7 +22,7 @@ from .peft_names import parse_peft
 from .precision import as_device
 from .storage import RUN_FILES, LockedFolder, encode_json, lock_folder, refuse_inputs
 from .torch_state import fresh_torch
-from ..peft import TwoHeadModel, build_model, trainable_state_dict, weights_sha256
+from ..peft import TwoHeadModel, build_model, take_centres, trainable_state_dict, weights_sha256
 from ..views import View
 
 # %% ../../nbs/engine/runs.ipynb #d19fe48a
@@ -115,14 +115,15 @@ def load_trainable(path: Path, model: TwoHeadModel) -> dict: # name -> tensor
     "What was trained, from a file that has to fit the model."
     from safetensors import SafetensorError
     from safetensors.torch import load
-    wanted = trainable_state_dict(model)
+    limit = sum(v.numel() * v.element_size() for v in trainable_state_dict(model).values()) + 2**24
     if path.exists() and not path.is_file(): raise ValueError(f"{path} is no plain file") # a pipe would wait
-    try: trained = load(read_at_most(path, sum(v.numel() * v.element_size() for v in wanted.values()) + 2**24))
+    try: trained = load(read_at_most(path, limit))
     except FileNotFoundError: raise FileNotFoundError(f"{path} is missing") from None
     except (SafetensorError, ValueError, KeyError) as e:
         raise ValueError(f"{path} is torn, or no file of weights: {e}") from None
+    take_centres(model, trained)
     shapes = lambda tensors: {k: list(v.shape) for k, v in tensors.items()}
-    if differ := diff_settings(shapes(trained), shapes(wanted)):
+    if differ := diff_settings(shapes(trained), shapes(trainable_state_dict(model))):
         raise ValueError(f"{path} does not fit the record beside it ({summarize_diff(differ)})")
     if bad := [name for name, v in trained.items() if not v.isfinite().all()]:
         raise ValueError(f"{path} holds weights that are not finite ({bad[0]})")

@@ -76,9 +76,12 @@ def near_lab(): return Lab()
 def far_lab(kind: str, level: int) -> FarLab: return FarLab(near_lab(), kind, level)
 
 # %% ../../nbs/studies/far.ipynb #c21e9a70
-ROWS = MappingProxyType({"zero-shot": None, "all labels": None, "linear probe": None, "labelled-only": SupervisedOnly(),
-                         "FixMatch": FixMatch(n_strong=2), "FineSSL, γ = 1": FineSSL(gamma=1.), "FineSSL": FineSSL(),
-                         "anchored": AnchoredFineSSL()})
+ROWS = MappingProxyType({ # name -> algorithm, start of the heads
+    "zero-shot": None, "all labels": None, "linear probe": None, "labelled-only": (SupervisedOnly(), "random"),
+    "FixMatch": (FixMatch(n_strong=2), "random"), "FineSSL, γ = 1": (FineSSL(gamma=1.), "random"),
+    "FineSSL": (FineSSL(), "random"), "anchored": (AnchoredFineSSL(), "centred"),
+    "anchored, from means": (AnchoredFineSSL(), "means"), "labelled-only, centred": (SupervisedOnly(), "centred"),
+    "FineSSL, γ = 1, centred": (FineSSL(gamma=1.), "centred"), "FineSSL, centred": (FineSSL(), "centred")})
 LABELS, SPLITS = (1, 4), tuple(range(10))
 UNLABELLED = ("zero-shot", "all labels") # rows that N does not change
 
@@ -100,9 +103,11 @@ def run_job(job: dict) -> dict: # the record
         if row == "all labels": return all_labels(lab, n, seed)
         if row == "zero-shot": return zero_shot(lab, n, seed).accuracy
         if row == "linear probe": return linear_probe(lab, n, seed).accuracy
-        return lab_run(lab, ROWS[row], lab.split(n, seed), seed, evals=1).accuracy
+        algorithm, head_init = ROWS[row]
+        return lab_run(lab, algorithm, lab.split(n, seed), seed, evals=1, head_init=head_init).accuracy
     accuracy = [round(100 * one(seed), 3) for seed in SPLITS]
     return job | {"command": "python -m finessl.studies.far", "seeds": list(SPLITS), "accuracy": accuracy,
+                  "common": round(float(F.normalize(lab.feat, dim=1).mean(0).norm()), 4), # 1: all features are alike
                   "seconds": round(time.process_time() - start, 1)} | lab.settings
 
 def run_key(r: dict) -> tuple: # a job or its record
