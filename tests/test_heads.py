@@ -4,15 +4,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 from finessl.algorithms import FineSSL
+from finessl.anchored import AnchoredFineSSL
 from finessl.backbone import caption_templates, class_embeddings, load_backbone
 from finessl.cli.main import main as finessl
 from finessl.data import Dataset
 from finessl.engine.heads import probe_rows, text_rows
 from finessl.engine.images import ImageFiles, SkippedFiles
 from finessl.engine.runs import load_run
+from finessl.lab import extract_features
 from finessl.peft import VPT, build_model, init_heads_from_means, mean_rows
 from finessl.pseudo_labels import FixMatch
 from finessl.training import Runtime, Settings, build_state, fit, prepare
+from finessl.views import default_views
 from PIL import Image
 from sklearn.datasets import load_digits
 from test_training import few, run
@@ -56,7 +59,7 @@ def test_names_as_rows_are_zero_shot_but_for_the_lengths():
     assert torch.allclose(feat @ w.T + shift, encoder.project(feat) @ text.T, atol=1e-4)
 
 
-@pytest.mark.parametrize("how", ["means", "probe", "text"])
+@pytest.mark.parametrize("how", ["means", "centred", "probe", "text"])
 def test_both_heads_start_there_with_prompts_and_without(how):
     for peft in ("vpt", "linear"):
         model, random = start(head_init=how, peft=peft, n_prompts=1), start(head_init="random", peft=peft, n_prompts=1)
@@ -74,15 +77,13 @@ def test_an_encoder_without_text_says_so():
     plain = Encoder(timm.create_model("test_vit", img_size=32, num_classes=0), "plain")
     with pytest.raises(ValueError, match='plain has no text tower.*head_init may be "means" or "probe"'):
         fit(few(), plain, FixMatch(), peft="linear", head_init="text", steps=1, batch=4, progress=False)
-    with pytest.raises(ValueError, match='head_init must be "random", "means", "probe", "text"'):
+    with pytest.raises(ValueError, match='head_init must be "random", "means", "centred", "probe", "text"'):
         fit(few(), encoder, FixMatch(), head_init="names", progress=False)
 
 
-def test_shallow_prompts_are_a_run_like_any_other(tmp_path):
-    how = dict(peft="vpt-shallow", prompt_init="tokens")
+@pytest.mark.parametrize("how", [dict(peft="vpt-shallow", prompt_init="tokens"), dict(head_init="centred")])
+def test_these_are_runs_like_any_other(tmp_path, how):
     whole = run(encoder, **how)
-    assert isinstance(whole.model.features, VPT) and whole.model.features.prompts.shape == (1, 2, encoder.width)
-    assert whole.record["n_prompts"] == 2
     class Cut(FineSSL):
         def __call__(self, logits, state):
             state["n"] = state.get("n", 0) + 1
@@ -94,6 +95,40 @@ def test_shallow_prompts_are_a_run_like_any_other(tmp_path):
     assert resumed.record["weights_sha256"] == whole.record["weights_sha256"] and resumed.record["resumes"]
     assert torch.equal(load_run(tmp_path / "run").predict(few().x_test), whole.predict(few().x_test))
     assert whole.record["weights_sha256"] != run(encoder).record["weights_sha256"]
+
+
+def test_shallow_prompts_enter_once():
+    whole = run(encoder, peft="vpt-shallow", prompt_init="tokens")
+    assert isinstance(whole.model.features, VPT) and whole.model.features.prompts.shape == (1, 2, encoder.width)
+    assert whole.record["n_prompts"] == 2
+
+
+def test_a_centre_is_the_pools_mean_and_stays():
+    ds, model = few(), start(head_init="centred", n_prompts=2)
+    feat = extract_features(model.features, ds.x_ulb, default_views(ds, encoder).eval_view)[0]
+    assert torch.allclose(model.head.centre, feat.mean(0), atol=1e-5)
+    done = run(encoder, head_init="centred").model
+    assert torch.equal(done.head.centre, done.aux_head.centre) and not done.head.centre.requires_grad
+    assert torch.equal(done.head.centre, run(encoder, head_init="centred", lr=.1).model.head.centre)
+
+
+def test_nothing_that_all_features_share_counts_in_centred_heads():
+    g = torch.Generator().manual_seed(0)
+    feat, y = torch.randn(40, encoder.width, generator=g), torch.arange(10).repeat(4)
+    def logits(feat, centre):
+        model = build_model(encoder, 10)
+        init_heads_from_means(model, feat, y, feat.mean(0) if centre else None)
+        return model.head(feat)
+    moved = 50 + .1 * feat
+    assert torch.allclose(logits(moved, True), logits(feat, True), atol=1e-2)
+    assert logits(moved, False).std(1).max() < .1 * logits(feat, False).std(1).min()
+
+
+def test_trained_heads_bring_their_centre(tmp_path):
+    how = dict(steps=2, batch=4, evals=1, n_prompts=2, head_init="trained", progress=False, device="cpu")
+    whole = fit(few(), encoder, AnchoredFineSSL(), out=tmp_path / "run", **how)
+    assert whole.model.head.centre.norm() > 0
+    assert torch.equal(load_run(tmp_path / "run").predict(few().x_test), whole.predict(few().x_test))
 
 
 def test_on_the_command_line(tmp_path, capsys):

@@ -144,6 +144,7 @@ def interrupted(encoder, out, after, algorithm=FineSSL(), **changes):
 CASES = {"FineSSL": {}, "FineSSL, paper's form": dict(algorithm=FineSSL(form="paper")),
          "FixMatch": dict(algorithm=FixMatch()), "labelled-only": dict(algorithm=SupervisedOnly()),
          "heads alone": dict(peft="linear"), "heads from means": dict(head_init="means"),
+         "heads centred": dict(head_init="centred"),
          "bf16": dict(precision="bf16"),
          "labelled images dropped": dict(labelled="release"), "per epoch": dict(schedule=Schedule(12, decay="epoch"))}
 

@@ -71,9 +71,9 @@ def add_model(p):
                    help="prompts start at random, as in the paper, or as tokens of labelled images, for encoders that "
                         "random ones upset")
     g.add_argument("--head-init", choices=HEAD_INITS,
-                   help="heads start at random, as in the paper, at class means of the labelled images, at a probe "
-                        "of them, at the classes' names (with a text tower), or as training on frozen features leaves "
-                        "them (default: means for anchored, else random)")
+                   help="heads start at random, as in the paper, at class means (centred: measured from the pool's), "
+                        "at a probe, at the classes' names (with a text tower), or as training on frozen features "
+                        "leaves them (default: centred for anchored, else random)")
     g.add_argument("--init-seed", metavar="S", type=seed_type, help="initial prompts and heads (default: as --seed)")
 
 def add_schedule(p):

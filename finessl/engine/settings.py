@@ -136,8 +136,8 @@ def validate(
         for name, n in zip(("weak", "strong"), s.stored_views):
             check_int(f"stored_views ({name})", n, 1, 1000)
     if s.head_init not in (None, *HEAD_INITS) or s.head_init == "trained" and s.peft == "linear":
-        raise ValueError('head_init must be "random", "means", "centred", "probe", "text", or "trained" where more than '
-                         f'heads is trained, got {s.head_init!r} with peft={s.peft!r}')
+        raise ValueError('head_init must be "random", "means", "centred", "probe", "text", or "trained" where more '
+                         f'than heads is trained, got {s.head_init!r} with peft={s.peft!r}')
     if runtime is not None: check_words(runtime)
     check_range("lr", s.schedule.lr, above=True), check_range("momentum", s.momentum, 0, 1)
     check_range("weight_decay", s.weight_decay)

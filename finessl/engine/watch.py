@@ -223,7 +223,7 @@ def advice(
              "a smaller weight of the unlabelled images, gamma=1 (--gamma 1)": own.get("gamma", 0) > 1,
              "a higher threshold, tau=0.95 (--tau 0.95)": stable and tau < .95,
              'prompts that start as tokens, prompt_init="tokens" (--prompt-init tokens)': name == "collapse" and random,
-             'heads that start at class means, head_init="means" (--head-init means)':
+             'heads that measure from the pool\'s mean, head_init="centred" (--head-init centred)':
                  name == "collapse" and settings["head_init"] == "random" and unlabelled,
              f"more steps (--steps; the paper takes {PAPER_SCHEDULE.steps})":
                  name == "collapse" and schedule["steps"] < 1000,

@@ -28,7 +28,7 @@ RIVALS = MappingProxyType({
     "Pseudo-Label": PseudoLabel(ramp_start=0, ramp_end=80), "FlexMatch": FlexMatch(n_strong=2),
     "FreeMatch": FreeMatch(n_strong=2, momentum=.9), "SoftMatch": SoftMatch(n_strong=2, momentum=.9),
     "AdaMatch": AdaMatch(n_strong=2, momentum=.9), "DebiasPL": DebiasPL(n_strong=2, momentum=.9),
-    "anchored": AnchoredFineSSL()}) # its heads start at class means
+    "anchored": AnchoredFineSSL()}) # its heads start centred
 PEFT = ("linear", "vpt", "vpt-shallow", "lora", "adapter", "adaptformer", "bitfit", "ssf", "partial", "full")
 LRS = (.003, .01, .03, .1) # of which each way of fine-tuning gets the best on development splits, under FineSSL
 STARTS = ("means", "probe", "text", "trained") # of the heads; random ones stand in the comparison
