@@ -1,4 +1,4 @@
-"A run of each study: its record is JSON and answers its job. Those that take long: `pytest -m slow tests/test_studies.py`."
+"A run of each study: its record is JSON and answers its job. What takes long: `pytest -m slow tests/test_studies.py`."
 import pytest
 import torch
 from finessl.engine.storage import encode_json
