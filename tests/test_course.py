@@ -199,7 +199,7 @@ def test_copies_run_wherever_they_are_moved_and_a_submission_finds_what_they_rea
     (tmp_path / "figures" / "records").mkdir(parents=True), (tmp_path / "nbs").mkdir()
     for name in ("records/radii.json", "records/other.json", "disc.png"):
         (tmp_path / "figures" / name).write_text("[1, 2]")
-    read = 'import json\nfrom pathlib import Path\nradii = json.loads(Path("../figures/records/radii.json").read_text())'
+    read = 'import json\nwith open("../figures/records/radii.json") as file: radii = json.load(file)'
     cells = [CELLS[0], ("markdown", "![A disc](../figures/disc.png)"), ("code", read), *CELLS[1:]]
     write = lambda cells: nbformat.write(notebook(cells), tmp_path / "nbs" / "01_circle.ipynb")
     write(cells)
