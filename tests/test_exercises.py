@@ -230,7 +230,7 @@ WRONG = {
             wrong_finessl(on=lambda y, C, lam: torch.where(F.one_hot(y, C) == 1, 1 - lam, lam)),
             lambda *args: finessl_views(*args) + balanced_margin_loss(args[0], args[1], args[7]), # labelled losses,
             lambda *args: finessl_views(*args) + F.cross_entropy(args[4], args[1]),               # summed
-            lambda *args: float(finessl_views(*args)),                        # no gradient left
+            lambda *args: finessl_views(*args).item(),                        # no gradient left
             lambda *args: finessl_views(*args[:7], -args[7], *args[8:]),      # sign of the margin
             lambda *args: finessl_views(*args[:7], args[7].flip(0), *args[8:])], # another class's margin
     "3.2": [wrong_fixmatch(mean=lambda l, m: (l * m).sum() / m.sum().clamp(min=1)),      # mean over the kept
@@ -242,7 +242,7 @@ WRONG = {
             wrong_fixmatch(logits=lambda w: w.detach().softmax(0)),           # wrong axis
             wrong_fixmatch(mean=lambda l, m: l.mean()),                       # no threshold
             lambda z, y, *rest: fixmatch_views(z, y, *rest) + F.cross_entropy(z, y), # labelled losses, summed
-            lambda *args: float(fixmatch_views(*args)),                       # no gradient left
+            lambda *args: fixmatch_views(*args).item(),                       # no gradient left
             lambda z, y, w, s, tau=.7, weight=1.: weight * fixmatch_views(z, y, w, s, tau, 1.)], # on both losses
     "0.1": [lambda z, y: (z.argmax(1) == y[:, None]).float().mean(),          # broadcasting
             lambda z, y: (z.argmax(1) == y).float().sum(),                    # a count
@@ -877,7 +877,7 @@ def test_a_failing_check_says_which_property_for_which_input_with_both_values():
     why = check("5.2", my_class_margins=lambda counts, alpha=8., form="code": class_margins(counts, alpha, "paper"))
     assert why.startswith("code: α_t (1 − β)/(1 + β): f([10, 5, 0], 8.0, 'code') gave [0.0, 4.0, 8.0], expected [0.0,")
     assert check("5.1", "my_margin = 4.8").endswith("is not right (to within 0.006)")
-    why = check("3.2", my_fixmatch=lambda *args: float(fixmatch_views(*args)))
+    why = check("3.2", my_fixmatch=lambda *args: fixmatch_views(*args).item())
     assert why.startswith("the kept image alone teaches: f([[") and "gave 1.0397" in why
     assert why.endswith("expected a tensor, through which a gradient can flow")
     why = check("6.3", my_aux_loss=wrong_aux(lambda f, w: f.detach() @ w.detach().T))
