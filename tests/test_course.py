@@ -13,6 +13,7 @@ from finessl.course.exercises import (code_of, find_sources, read_exercises, rea
 from finessl.course.grade import Limits, find_submissions, grade_all
 from finessl.course.make import make_course
 from finessl.course.sandbox import can_isolate
+from finessl.course.student import find_function
 from finessl.engine.errors import UsageError
 
 root = Path(__file__).resolve().parent.parent
@@ -155,7 +156,8 @@ def names_in(cell): # of a code cell: what it defines, what it reads
     tree = ast.parse(code_of(cell))
     assigned = {n.id for s in tree.body if isinstance(s, ast.Assign) for t in s.targets for n in ast.walk(t)
                 if isinstance(n, ast.Name)}
-    return (assigned | {s.name for s in tree.body if isinstance(s, (ast.FunctionDef, ast.ClassDef))},
+    imported = {a.asname or a.name for s in tree.body if isinstance(s, (ast.Import, ast.ImportFrom)) for a in s.names}
+    return (assigned | imported | {s.name for s in tree.body if isinstance(s, (ast.FunctionDef, ast.ClassDef))},
             {n.id for n in ast.walk(tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)})
 
 
@@ -184,13 +186,57 @@ def test_a_course_of_this_project_holds_no_solution(tmp_path):
         graded = [c["metadata"]["nbgrader"] for c in nb["cells"] if "nbgrader" in c["metadata"]]
         assert sum(g.get("points", 0) for g in graded) == sum(e.points for e in exercises)
         assert len({g["grade_id"] for g in graded}) == len(graded)
-        for c in nb["cells"]:
-            for name in {n for e in exercises for n in e.blanks}:
-                if source_of(c).startswith(f"#| export\ndef {name}("): assert "NotImplementedError" in source_of(c)
-    solutions = sorted(p.name for p in (tmp_path / "course" / "solutions").iterdir())
+        for name in {n for e in exercises for n in e.blanks}:
+            held = [c for c in nb["cells"] if c["cell_type"] == "code" and find_function(source_of(c), name)]
+            assert held and all("NotImplementedError" in ast.unparse(find_function(source_of(c), name)) for c in held)
+    solutions = sorted(p.name for p in (tmp_path / "course" / "solutions").glob("*.ipynb"))
     assert solutions == sorted(f"{n}.ipynb" for n in made)
     plan = (tmp_path / "course" / "syllabus.md").read_text("utf-8")
     assert all(f"## In {t}" in plan for t in ("one week", "two weeks", "four weeks"))
+
+
+def test_copies_run_wherever_they_are_moved_and_a_submission_finds_what_they_read(tmp_path):
+    (tmp_path / "figures" / "records").mkdir(parents=True), (tmp_path / "nbs").mkdir()
+    for name in ("records/radii.json", "records/other.json", "disc.png"):
+        (tmp_path / "figures" / name).write_text("[1, 2]")
+    read = 'import json\nwith open("../figures/records/radii.json") as file: radii = json.load(file)'
+    cells = [CELLS[0], ("markdown", "![A disc](../figures/disc.png)"), ("code", read), *CELLS[1:]]
+    write = lambda cells: nbformat.write(notebook(cells), tmp_path / "nbs" / "01_circle.ipynb")
+    write(cells)
+    make_course(tmp_path / "nbs", tmp_path / "course")
+    shutil.move(tmp_path / "course", moved := tmp_path / "away" / "handed out")
+    there = {p.relative_to(moved / "student").as_posix() for p in (moved / "student").rglob("*") if p.is_file()}
+    assert there == {"01_circle.ipynb", "figures/records/radii.json", "figures/disc.png"}
+    for path in moved.rglob("*.ipynb"):
+        text = path.read_text(encoding="utf-8")
+        assert "../" not in text and str(tmp_path) not in text
+    nb = read_notebook(moved / "student" / "01_circle.ipynb")
+    for c in nb["cells"]:
+        if (m := read_mark(c)) and m.part == "stub" and m.number == "1.2":
+            c["source"] = "#| stub 1.2\n" + read.replace("../", "") + "\nradius = radii[1]"
+    (tmp_path / "in" / "ada").mkdir(parents=True)
+    (tmp_path / "in" / "ada" / "01_circle.ipynb").write_text(json.dumps(nb))
+    assert marks(tmp_path)["ada"]["1.2"] == (2, 0, "")
+    write([*cells[:3], ("code", 'name = "radii"\nf"../figures/records/{name}.json"'), *cells[3:]])
+    with raises(UsageError, "whole names"): make_course(tmp_path / "nbs", tmp_path / "second")
+
+
+def test_what_gives_an_exercise_away_makes_room_for_a_sentence_and_an_import(tmp_path):
+    disc = "#| export\nclass Disc:\n    def area(self): # m²\n        return math.pi * self.r ** 2\n    r = 1."
+    wrong = "#| spoils 1.1\ndef half(r): return math.pi * r * r / 2"
+    slow = "#| export checks.circle\n#| spoils 1.1\ndef check_area(f): assert f(1.) == math.pi"
+    stub = ("code", "#| stub 1.1 Disc.area\ndef area(r): raise NotImplementedError")
+    cells = [("code", "#| default_exp circle"), *CELLS[:2], ("code", disc), ("code", wrong), ("code", slow), CELLS[2],
+             CELLS[3], ("code", slow.replace("check_area", "check_it")), stub, *CELLS[5:]]
+    (tmp_path / "nbs").mkdir()
+    nbformat.write(notebook(cells), tmp_path / "nbs" / "01_circle.ipynb")
+    make_course(tmp_path / "nbs", tmp_path / "course")
+    copied = [source_of(c) for c in read_notebook(tmp_path / "course" / "student" / "01_circle.ipynb")["cells"]]
+    assert copied[3:8] == [disc.replace("return math.pi * self.r ** 2", 'raise NotImplementedError("exercise 1.1")'),
+                           "from finessl.circle import Disc # so that what follows runs",
+                           "*A cell is left out here: it belongs to exercise 1.1.*",
+                           "from finessl.checks.circle import check_area # so that what follows runs", CELLS[2][1]]
+    assert not [c for c in copied if "check_it" in c] # the check of the exercise imports it
 
 
 @pytest.fixture(scope="module")
@@ -202,10 +248,12 @@ def whole_course(tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [Path(p).stem for p in find_sources(root / "nbs")])
 def test_a_copy_runs_to_its_end_with_nothing_filled_in(name, whole_course, monkeypatch):
+    path = whole_course[0] / "student" / f"{name}.ipynb"
+    assert "../" not in "".join(source_of(c) for c in read_notebook(path)["cells"])
     monkeypatch.setenv("PYTHONPATH", str(root))
     monkeypatch.setenv("TQDM_DISABLE", "1")
-    nb = nbformat.read(whole_course[0] / "student" / f"{name}.ipynb", as_version=4)
-    here = {"metadata": {"path": str(root / "nbs")}}
+    nb = nbformat.read(path, as_version=4)
+    here = {"metadata": {"path": str(whole_course[0] / "student")}}
     NotebookClient(nb, timeout=1200, kernel_name="python3", resources=here).execute()
     failed = {read_mark(c) for c in nb.cells for o in c.get("outputs", ()) if o["output_type"] == "error"}
     exercises = {e.number: e for e in whole_course[1][name]}
@@ -231,7 +279,7 @@ def test_solutions_get_every_point_and_empty_copies_none(whole_course, tmp_path)
 def test_nbgrader_takes_the_copies_as_they_are(tmp_path):
     validator = pytest.importorskip("nbgrader.nbgraderformat.v3", reason="nbgrader is not installed")
     make_course(root / "nbs", tmp_path / "course")
-    for path in (tmp_path / "course" / "student").iterdir():
+    for path in (tmp_path / "course" / "student").glob("*.ipynb"):
         validator.MetadataValidatorV3().validate_nb(nbformat.read(path, as_version=4))
 
 

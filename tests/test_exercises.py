@@ -33,14 +33,14 @@ RUN = [n for n, (_, e) in exercises.items() if e.kind != "explain"]
 _bases = {}
 
 
-def base(path): # the names that an exercise may take as given
-    if path not in _bases:
+def base(path, whole=True): # the names that an exercise may take as given; whole: with those of its notebook's module
+    if (path, whole) not in _bases:
         names, nb = {"__name__": "__main__"}, read_notebook(Path(path))
         for c in nb["cells"]:
             if c["cell_type"] == "code" and is_imports(c) and read_mark(c) is None: exec(code_of(c), names)
-        module = __import__(exported_module(nb), fromlist=["*"])
-        _bases[path] = names | {k: v for k, v in vars(module).items() if k[0] != "_"}
-    return dict(_bases[path])
+        module = __import__(exported_module(nb), fromlist=["*"]) if whole else None
+        _bases[path, whole] = names | ({k: v for k, v in vars(module).items() if k[0] != "_"} if whole else {})
+    return dict(_bases[path, whole])
 
 
 def check(number, source="", bonus=False, **names): # the reason, or "" where the check passes
@@ -172,11 +172,11 @@ def finessl_loop(z_lb, y_lb, z_w, z_s, a_lb, a_w, a_s, margins, zeta=.7, lam=.5,
     return lb + total + (sum(kept) / len(kept) if kept else 0)
 
 def finessl_views(z_lb, y_lb, z_w, z_s, a_lb, a_w, a_s, margins, zeta=.7, lam=.5, gamma=3., cut=True, aux_mean=None,
-                  psi=lambda z, a: a, on=smooth_targets, spread=lambda t, V: t.repeat(V), plain=True):
+                  psi=lambda z, a: a, on=smooth_targets, spread=lambda t, V: t.repeat(V), plain=True, keep=torch.ge):
     q, V = (z_w.detach() if cut else z_w).softmax(1), len(z_s) // len(z_w)
     weights = spread(psi(q, (a_w.detach() if cut else a_w).softmax(1)).amax(1), V)
     (conf, pl), C = q.max(1), z_lb.shape[1]
-    pl, mask = spread(pl, V), spread(conf >= zeta, V)
+    pl, mask = spread(pl, V), spread(keep(conf, zeta), V)
     aux = F.cross_entropy(a_s, on(pl, C, lam), reduction="none")
     aux = aux_mean(aux, mask) if aux_mean else torch.where(mask, aux, 0.).sum() / max(int(mask.sum()), 1)
     lb = F.cross_entropy(a_lb, y_lb if plain else smooth_targets(y_lb, C, lam))
@@ -225,6 +225,12 @@ WRONG = {
             wrong_finessl(on=lambda y, C, lam: smooth_targets(y, C, 0.)),     # no smoothing
             wrong_finessl(spread=lambda t, V: t.repeat_interleave(V)),        # image-major
             wrong_finessl(plain=False),                                       # the paper's labelled loss
+            wrong_finessl(keep=torch.gt),                                     # ζ itself is left out
+            wrong_finessl(on=lambda y, C, lam: smooth_targets(y, 2, lam)),    # always two classes
+            wrong_finessl(on=lambda y, C, lam: torch.where(F.one_hot(y, C) == 1, 1 - lam, lam)),
+            lambda *args: finessl_views(*args) + balanced_margin_loss(args[0], args[1], args[7]), # labelled losses,
+            lambda *args: finessl_views(*args) + F.cross_entropy(args[4], args[1]),               # summed
+            lambda *args: finessl_views(*args).item(),                        # no gradient left
             lambda *args: finessl_views(*args[:7], -args[7], *args[8:]),      # sign of the margin
             lambda *args: finessl_views(*args[:7], args[7].flip(0), *args[8:])], # another class's margin
     "3.2": [wrong_fixmatch(mean=lambda l, m: (l * m).sum() / m.sum().clamp(min=1)),      # mean over the kept
@@ -235,6 +241,8 @@ WRONG = {
             wrong_fixmatch(keep=lambda c, tau: c <= tau),                     # sign
             wrong_fixmatch(logits=lambda w: w.detach().softmax(0)),           # wrong axis
             wrong_fixmatch(mean=lambda l, m: l.mean()),                       # no threshold
+            lambda z, y, *rest: fixmatch_views(z, y, *rest) + F.cross_entropy(z, y), # labelled losses, summed
+            lambda *args: fixmatch_views(*args).item(),                       # no gradient left
             lambda z, y, w, s, tau=.7, weight=1.: weight * fixmatch_views(z, y, w, s, tau, 1.)], # on both losses
     "0.1": [lambda z, y: (z.argmax(1) == y[:, None]).float().mean(),          # broadcasting
             lambda z, y: (z.argmax(1) == y).float().sum(),                    # a count
@@ -255,7 +263,9 @@ WRONG = {
             lambda z, y, m, reduction="mean": F.cross_entropy(z - m[y, None] * F.one_hot(y, z.shape[1]), y,
                                                               reduction=reduction),          # missing detach
             lambda z, y, m, reduction="mean": balanced_margin_loss(z.softmax(1), y, m, reduction), # probabilities
-            lambda z, y, m, reduction="mean": balanced_margin_loss(z, y, m)], # the mean for every reduction
+            lambda z, y, m, reduction="mean": balanced_margin_loss(z, y, m),  # the mean for every reduction
+            lambda z, y, m, reduction="mean": F.cross_entropy(z.sub_(m.detach()[y, None] * F.one_hot(y, z.shape[1])), y,
+                                                              reduction=reduction)],         # in place
     "6.2": [lambda y, n, lam=.5, form="code": smooth_targets(y, n, lam, "paper"),
             lambda y, n, lam=.5, form="code": smooth_targets(y, n, lam, "code"),
             lambda y, n, lam=.5, form="code": smooth_targets(y, n, 1 - lam, form),           # λ on the label
@@ -264,6 +274,7 @@ WRONG = {
             lambda y, n, lam=.5, form="code": smooth_targets((y + 1) % n, n, lam, form)],    # off-by-one class
     "6.3": [wrong_aux(lambda f, w: f @ w.T),                                  # missing detach
             wrong_aux(lambda f, w: f.detach() @ w.detach().T + 0 * w.sum()),  # the head does not learn
+            wrong_aux(lambda f, w: f.detach() @ w.detach().T),                # nothing learns
             wrong_aux(mean=lambda l, m: (l * m).mean()),                      # batch mean
             wrong_aux(mean=lambda l, m: l.mean()),                            # mask forgotten
             wrong_aux(mean=lambda l, m: l[m].mean()),                         # NaN where none is kept
@@ -318,6 +329,9 @@ def wrong_ece(weigh=lambda gap, n, N: (gap / n.clamp(min=1)).abs() * n / N, last
         gap = torch.zeros(bins).index_add_(0, m, correct.float() - conf)
         return last(weigh(gap, n, len(conf))[n > 0])
     return wrong
+
+def ece_without(end):
+    return lambda c, right, bins=15: ece_loop(c[c != end], right[c != end], bins) * (c != end).float().mean()
 
 def split_torch(y, n, seed):
     g = lambda c: torch.Generator().manual_seed(1000 * seed + c)
@@ -564,6 +578,7 @@ WRONG |= {
             wrong_ece(lambda gap, n, N: (gap / n.clamp(min=1)).abs(), lambda x: x.max()),    # the worst bin
             wrong_ece(lambda gap, n, N: (gap / n.clamp(min=1)) ** 2 * n / N), # squares
             wrong_ece(lower=True),                                            # an edge belongs to the bin above
+            ece_without(0.), ece_without(1.),                                 # an end that is in no bin
             lambda conf, correct, bins=15: (conf - correct.float()).abs().mean(),            # image by image
             lambda conf, correct, bins=15: calibration_error(conf, correct, 15),
             lambda conf, correct, bins=15: calibration_error(conf, ~correct, bins)],
@@ -840,6 +855,16 @@ def test_a_stub_fails_and_its_solution_passes_with_nothing_but_the_imports(numbe
     if e.bonus: assert check(number, e.stub, bonus=True) and not check(number, e.solution, bonus=True)
 
 
+# 12.4 and 16.3 take a class, a function of their own notebook
+UNSAID = [pytest.param(n, marks=pytest.mark.xfail(raises=NameError, strict=True)) for n in ("12.4", "16.3")]
+
+@pytest.mark.parametrize("number", [n for n in RUN if n not in ("12.4", "16.3")] + UNSAID)
+def test_an_exercise_needs_the_imports_of_its_notebook_and_of_its_stub_and_nothing_else(number):
+    path, e = exercises[number]
+    names = base(path, whole=False)
+    for source in (e.stub, e.solution, e.check): exec(source, names)
+
+
 @pytest.mark.parametrize("number", CODE)
 def test_right_variants_pass_without_the_bonus_and_wrong_ones_fail(number):
     name, = defined_names(exercises[number][1].stub)
@@ -852,10 +877,19 @@ def test_a_failing_check_says_which_property_for_which_input_with_both_values():
     why = check("5.2", my_class_margins=lambda counts, alpha=8., form="code": class_margins(counts, alpha, "paper"))
     assert why.startswith("code: α_t (1 − β)/(1 + β): f([10, 5, 0], 8.0, 'code') gave [0.0, 4.0, 8.0], expected [0.0,")
     assert check("5.1", "my_margin = 4.8").endswith("is not right (to within 0.006)")
+    why = check("3.2", my_fixmatch=lambda *args: fixmatch_views(*args).item())
+    assert why.startswith("the kept image alone teaches: f([[") and "gave 1.0397" in why
+    assert why.endswith("expected a tensor, through which a gradient can flow")
+    why = check("6.3", my_aux_loss=wrong_aux(lambda f, w: f.detach() @ w.detach().T))
+    assert why.startswith("the head learns: its rows get a gradient: f([[")
+    assert "has in its argument 2 the gradient [[0.0, 0.0], [0.0, 0.0]], expected [[" in why
+    why = check("5.3", my_margin_loss=WRONG["5.3"][-1])
+    assert why == ("the logits given must not change: f([[0.0, 0.0]], [0], [1.0986, 0.0]) turned [[0.0, 0.0]] into "
+                   "[[-1.0986, 0.0]], expected to find it as it was")
 
 
 NEAR = {"0.2": (11,), "3.1": (.549, .5493, .55), "3.3": (.5, .503), "5.1": (3.6,),
-        "5.4": (1.95, 2.), "6.1": (1.79, 1.8), "6.4": (.75,), "7.1": (1.8,), "7.4": (1.6,), "8.1": (.48,),
+        "5.4": (.68, .686, .7), "6.1": (.21, .208), "6.4": (.6, .61), "7.1": (1.8,), "7.4": (1.6,), "8.1": (.48,),
         "8.3": (.67, .677, .68), "4.1": (.36,), "4.4": (.12, .121), "1.1": (16,), "1.4": (4.1, 4.05),
         "2.1": (.73, .731), "2.4": (3.6, 3.65, 3.7), "12.1": (338, 337.9, 337.92), "12.4": (.2, .21, .19),
         "10.1": (1.13, 1.127), "10.4": (.055, .0549), "11.1": (.817, .8167), "11.4": (.8, .79), "13.1": (.0256,),
@@ -863,7 +897,7 @@ NEAR = {"0.2": (11,), "3.1": (.549, .5493, .55), "3.3": (.5, .503), "5.1": (3.6,
         "15.1": (1.17, 1.167), "16.1": (.525, .53, .52), "16.3": (.185, .1849),
         "17.1": (.375, .38), "17.3": (56, 57, 55)}
 FAR = {"0.2": (7, 8, 10), "3.1": (1.0986, .824, .2747), "3.3": (.84, .93, .95),
-       "5.1": (4.8, 4.5, 2.88), "5.4": (2.67, .92), "6.1": (2.14, .405, 6.), "6.4": (.5, 1., .55),
+       "5.1": (4.8, 4.5, 2.88), "5.4": (.553, .1, .314, 1.), "6.1": (.166, .199, .05, .79), "6.4": (.5, .75, .81, .55),
        "7.1": (2.08, .6, 3.), "7.4": (3., 1.2, .3),
        "8.1": (.8, .24, .96, .4), "8.3": (0, .79, .36, .32),
        "4.1": (.417, .3125, .08, .52), "4.4": (0, .04, .01), "1.1": (12, 32, 384, 0), "1.4": (3.66, 29.3, 2, 5),

@@ -28,8 +28,9 @@ def check_calibration_error(f):
     "Assert that `f` meets the specification of `calibration_error`."
     conf, right = torch.tensor([.4, .8, .6]), torch.tensor([True, True, False])
     assert_close(f(conf, right, 2), 1 / 3 * .6 + 2 / 3 * .2)                    # by hand
-    perfect = f(torch.tensor([1., 0., 1.]), torch.tensor([True, False, True]), 10)
-    assert_close(perfect, 0.)                                                   # on the outermost edges
+    assert_close(f(torch.tensor([1., 0., 1.]), torch.tensor([True, False, True]), 10), 0.)
+    assert_close(f(torch.tensor([0., 1.]), torch.tensor([True, True]), 10), .5) # 0 is in the first bin, …
+    assert_close(f(torch.tensor([0., 1.]), torch.tensor([False, False]), 10), .5)               # … 1 in the last
     assert_close(f(torch.full((4,), .75), torch.tensor([True, True, True, False]), 7), 0.)      # 75 % are right
     assert_close(f(torch.tensor([.9, .9]), torch.tensor([True, False]), 5), .4) # too confident …
     assert_close(f(torch.tensor([.5, .5]), torch.tensor([True, True]), 1), .5)  # … and too little both count …
@@ -72,7 +73,8 @@ def check_binned_error(f):
     expect(f, (t([.5, .5]), t([yes, yes]), 1), .5, "not confident enough", 1e-5)
     expect(f, (t([.9, .3]), t([no, yes]), 2), .8, "too much and too little do not cancel", 1e-5)
     expect(f, (t([.75] * 4), t([yes, yes, yes, no]), 7), 0., "75 % are right at 0.75: no error", 1e-5)
-    expect(f, (t([1., 0., 1.]), t([yes, no, yes]), 10), 0., "0 and 1 belong to the outermost bins", 1e-5)
+    expect(f, (t([0., 1.]), t([yes, yes]), 10), .5, "a confidence of 0 belongs to the first bin", 1e-5)
+    expect(f, (t([0., 1.]), t([no, no]), 10), .5, "a confidence of 1 belongs to the last bin", 1e-5)
     expect(f, (t([.5, .6]), t([yes, no]), 2), .55, "a confidence on an edge belongs to the bin below", 1e-5)
     g = torch.Generator().manual_seed(0)
     conf = torch.rand(500, generator=g)

@@ -8,7 +8,7 @@ __all__ = ['check_fixmatch', 'check_fixmatch_loss']
 # %% ../../nbs/checks/00_pseudo_labels.ipynb #752c76d9
 import math
 import torch
-from . import assert_close, expect, raises
+from . import assert_close, expect, expect_gradient, raises
 from ..pseudo_labels import BatchLogits
 
 # %% ../../nbs/03_pseudo_labels.ipynb #cacfc09a
@@ -32,7 +32,7 @@ def check_fixmatch(f):
 # %% ../../nbs/03_pseudo_labels.ipynb #39405af3
 def check_fixmatch_loss(f):
     "Assert that `f(z_lb, y_lb, z_ulb_w, z_ulb_s, tau, weight)` is FixMatch's loss."
-    lb, y, ln2 = torch.zeros(1, 2), torch.tensor([0]), math.log(2)
+    lb, y, ln2 = torch.zeros(2, 2), torch.tensor([0, 1]), math.log(2)
     w, s = torch.tensor([[math.log(9.), 0.], [0., 0.]]), torch.zeros(2, 2) # confidences 0.9 and 0.5
     expect(f, (lb, y, w, s), ln2 + ln2 / 2, "one of two is kept, the mean is over both", 1e-5)
     expect(f, (lb, y, w, s, .7, 3.), ln2 + 3 * ln2 / 2, "the weight is of the unlabelled loss alone", 1e-5)
@@ -40,12 +40,11 @@ def check_fixmatch_loss(f):
     expect(f, (lb, y, w, s, .5, 1.), 2 * ln2, "a confidence of τ itself is kept", 1e-5)
     alike = torch.tensor([[math.log(9.), 0.], [math.log(9.), 0.]])
     expect(f, (lb, y, alike, s), 2 * ln2, "two images alike, both confident: probabilities are over the classes", 1e-5)
-    lead = torch.tensor([[math.log(3.), 0.]])
-    expect(f, (lead, y, w, s, .95, 1.), math.log(4 / 3), "the labelled loss", 1e-5)
-    expect(f, (lb, y, w, torch.cat([-lead, s[:1]]), .7, 1.), ln2 + math.log(4) / 2, "the weak view's class", 1e-5)
+    lead = torch.tensor([[math.log(3.), 0.], [0., 0.]])
+    mean = (math.log(4 / 3) + ln2) / 2
+    expect(f, (lead, y, w, s, .95, 1.), mean, "the labelled loss is a mean over the labelled images", 1e-5)
+    expect(f, (lb, y, w, -lead, .7, 1.), ln2 + math.log(4) / 2, "the weak view's class", 1e-5)
     views = torch.tensor([[0., 0.], [5., 0.], [math.log(3.), 0.], [0., 9.]]) # two views of image 0 are rows 0 and 2
     expect(f, (lb, y, w, views), ln2 + (ln2 + math.log(4 / 3)) / 4, "two strong views, view-major", 1e-5)
-    w, s = w.requires_grad_(), s.requires_grad_()
-    f(lb, y, w, s).backward()
-    assert w.grad is None or not w.grad.any(), "the weak logits are a constant target: no gradient may reach them"
-    assert s.grad is not None and s.grad[0].any() and not s.grad[1].any(), "the kept image alone teaches"
+    expect_gradient(f, (lb, y, w, s), 3, [[-.25, .25], [0., 0.]], "the kept image alone teaches")
+    expect_gradient(f, (lb, y, w, s), 2, 0 * w, "the weak logits are a constant target: no gradient may reach them")

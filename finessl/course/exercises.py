@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'HEAD', 'CODE', 'SPOILS', 'TEXT', 'MOST_BYTES', 'Exercise', 'Mark', 'source_of', 'read_mark', 'spoiled',
-           'read_notebook', 'code_of', 'is_imports', 'exported_module', 'starts_exercises', 'read_exercises',
-           'check_parts', 'find_sources']
+           'read_notebook', 'code_of', 'is_imports', 'exported_module', 'exported_names', 'starts_exercises',
+           'read_exercises', 'check_parts', 'find_sources']
 
 # %% ../../nbs/course/exercises.ipynb #f49facf1
 import ast, json, re
@@ -39,7 +39,7 @@ HEAD = re.compile(r"### Exercise (?P<number>\d+\.\d+) · (?P<title>.+)\n"
                   r"\*(?P<kind>[\w ]+) · difficulty (?P<difficulty>[1-5]) of 5 · (?P<minutes>\d+) minutes? · "
                   r"(?P<points>\d+) points?(?: · bonus (?P<bonus>\d+) points?)?\*\n")
 CODE = re.compile(r"#\|\s*(stub|solution|check)[ \t]+(\d+\.\d+)[ \t]*(.*)")
-SPOILS = re.compile(r"\s*#\|\s*spoils((?:[ \t]+\d+\.\d+)+)")
+SPOILS = re.compile(r"\s*(?:#\|.*\n\s*)*?#\|\s*spoils((?:[ \t]+\d+\.\d+)+)") # among the first lines
 TEXT = re.compile(r"(?:<!--\s*(answer)\s+|<details><summary>(Rubric|Discussion)\s+)(\d+\.\d+)")
 
 class Mark(NamedTuple):
@@ -102,6 +102,12 @@ def exported_module(nb: dict) -> str: # "finessl.margin"; "" where the notebook 
         if m := re.match(r"#\|\s*default_exp\s+(\S+)", source_of(cell)):
             return f"finessl.{m[1]}".removesuffix(".__init__")
     return ""
+
+def exported_names(cell: dict, module: str) -> tuple[str, list[str]]|None: # of a code cell; its notebook's module
+    "The module that a cell is copied into, and the functions and classes that it defines there; None: into none."
+    if not (m := re.search(r"^#\|\s*export\b[ \t]*(\S*)", source_of(cell), re.M)): return None
+    made = [n.name for n in ast.parse(code_of(cell)).body if isinstance(n, (ast.FunctionDef, ast.ClassDef))]
+    return (f"finessl.{m[1]}" if m[1] else module), made
 
 def starts_exercises(cell: dict) -> bool:
     "Whether a cell is the heading from which on the exercises stand."

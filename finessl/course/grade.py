@@ -14,6 +14,7 @@ import finessl
 from .exercises import (Exercise, code_of, exported_module, is_imports, read_mark, read_notebook,
                                       source_of, starts_exercises)
 from .sandbox import can_isolate, clean_environment, kill_group, sandbox_prefix
+from .student import named_files
 from ..engine.errors import UsageError
 
 class Limits(NamedTuple):
@@ -125,7 +126,10 @@ def grade_notebook(
         if path is None: raise UsageError("no notebook was handed in")
         nb = read_notebook(path)
     except UsageError as error: return [Outcome(e, 0, 0, str(error)) for e in exercises]
-    marked = run_checks(make_job(read_notebook(source), exercises, nb, limits), limits)
+    given = read_notebook(source)
+    folder = source.resolve().parent.parent
+    files = {name: str(folder / name) for name in named_files(given) if (folder / name).is_file()}
+    marked = run_checks(make_job(given, exercises, nb, limits) | {"files": files}, limits)
     answers = {m.number: source_of(c) for c in nb["cells"] if (m := read_mark(c)) and m.part == "answer"}
     out = []
     for e in exercises:
