@@ -855,10 +855,7 @@ def test_a_stub_fails_and_its_solution_passes_with_nothing_but_the_imports(numbe
     if e.bonus: assert check(number, e.stub, bonus=True) and not check(number, e.solution, bonus=True)
 
 
-# 12.4 and 16.3 take a class, a function of their own notebook
-UNSAID = [pytest.param(n, marks=pytest.mark.xfail(raises=NameError, strict=True)) for n in ("12.4", "16.3")]
-
-@pytest.mark.parametrize("number", [n for n in RUN if n not in ("12.4", "16.3")] + UNSAID)
+@pytest.mark.parametrize("number", RUN)
 def test_an_exercise_needs_the_imports_of_its_notebook_and_of_its_stub_and_nothing_else(number):
     path, e = exercises[number]
     names = base(path, whole=False)
