@@ -519,7 +519,7 @@ def test_a_folder_of_ones_own_is_learned_with_care_and_everything_else_as_in_the
         assert code == 0, err
     record = {out: json.loads((tmp_path / out / "record.json").read_text()) for out in said}
     assert [(r["algorithm"]["name"], r["head_init"]) for r in record.values()] == [
-        ("AnchoredFineSSL", "means"), ("FineSSL", "random"), ("AnchoredFineSSL", "random")]
+        ("AnchoredFineSSL", "centred"), ("FineSSL", "random"), ("AnchoredFineSSL", "random")]
     assert "--algorithm finessl is the paper's" in said["own"] and "algorithm:" not in said["paper"]
     ask = lambda *argv: cli_main.make_parser().parse_args(["train", "--out", "run", *argv])
     for argv in (("--data", "digits", "--per-class", "1"), ("--preset", "semi-aves", "--data", str(folder))):
