@@ -6,6 +6,7 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
 
+from finessl.engine.storage import read_records
 from finessl.studies import battery
 from finessl.studies.battery_sets import FOLDERS, LABELS, SETS, folder_parts
 
@@ -90,4 +91,14 @@ def test_what_the_readme_says_of_the_battery_is_what_the_records_say():
     assert f"FineSSL with γ = 3 in {below['FineSSL, γ = 3']};" in text, below
     ahead = str(battery.mean_difference(df, battery.CANDIDATE, "FineSSL, γ = 3")).replace("+", "")
     assert f"ahead of FineSSL by {ahead} points" in text, ahead
+    centred = str(battery.mean_difference(df, "FineSSL, γ = 3, centred", "FineSSL, γ = 3")).replace("+", "")
+    assert f"gain {centred} points over the battery" in text, centred
     assert not len(battery.clearly_below(battery.differences(df, battery.CANDIDATE, (battery.ALONE, battery.PROBE))))
+
+
+def test_what_the_readme_says_of_faded_digits_is_what_the_records_say():
+    root = Path(__file__).resolve().parent.parent
+    last = {r["row"]: sum(r["accuracy"]) / len(r["accuracy"]) for r in read_records(root / "figures/records/far.jsonl")
+            if (r["kind"], r["level"], r["n_per_class"]) == ("contrast", 4, 4)}
+    assert 10 < last["FineSSL"] < 15 and round(last["FineSSL, centred"]) in (68, 69), last
+    assert "take it back to 68 of 100" in (root / "README.md").read_text(encoding="utf-8")
