@@ -101,7 +101,7 @@ def class_margins(
     if counts.ndim != 1 or not len(counts): raise ValueError(f"counts must have shape (C,), got {tuple(counts.shape)}")
     if not 0 <= alpha < float("inf"): raise ValueError(f"alpha must be finite and >= 0, got {alpha}")
     if form not in ("code", "paper"): raise ValueError(f"form must be 'code' or 'paper', got {form!r}")
-    beta = counts / counts.max().clamp(min=1)
+    beta = counts / torch.where(counts.max() > 0, counts.max(), 1)
     delta = 1 - beta if form == "paper" else (1 - beta) / (1 + beta)
     return alpha * (beta.max() - beta.min()) * delta
 
