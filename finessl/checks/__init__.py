@@ -81,7 +81,9 @@ def expect(
     call, got = f"{why}: f({', '.join(map(_shown, args))})", result_of(f, args, why)
     try: assert_close(got, expected, atol)
     except (AssertionError, TypeError, ValueError, RuntimeError) as error:
-        raise AssertionError(f"{call} gave {_shown(got)}, expected {_shown(expected)} ({error})") from error
+        found = f"gave {_shown(got)}, expected {_shown(expected)} ({error})"
+        what = f"{why}: {found}; {call.removeprefix(why + ': ')}" if len(call) > 200 else f"{call} {found}"
+        raise AssertionError(what) from error
 
 # %% ../../nbs/00_start.ipynb #00c10007
 def expect_unchanged(f, args, why: str) -> None: # an implementation, arguments for it, what must stay as it is

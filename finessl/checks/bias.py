@@ -53,10 +53,10 @@ def check_pairs_in_order(f):
     "Assert that `f(positive, negative)` is the share of pairs in which the positive scores higher, ties half."
     t = torch.tensor
     expect(f, (t([.9, .6]), t([.7, .2])), .75, "three of four pairs are in order")
-    expect(f, (t([.5]), t([.5])), .5, "a tie counts half")
     expect(f, (t([.2, .3]), t([.8])), 0., "the wrong way round")
     expect(f, (t([2.]), t([1., 3., 4.])), 1 / 3, "groups of different sizes")
     expect(f, (t([-1., -2.]), t([-3.])), 1., "scores need not be probabilities")
+    expect(f, (t([.5]), t([.5])), .5, "a tie counts half")
     expect(f, (t([.9, .2, .2]), t([.2, .1])), 5 / 6, "four pairs in order, two ties")
     g = torch.Generator().manual_seed(0)
     a, b = (torch.rand(30, generator=g) * 10 + 2).round() / 10, (torch.rand(50, generator=g) * 10).round() / 10

@@ -12,6 +12,7 @@ from . import expect_number
 # %% ../../nbs/checks/00_numbers.ipynb #00b30004
 NUMBERS = MappingProxyType({ # exercise -> expected, tolerance, what was asked for
     "0.2": (11, 0, "row of the third view of image 1"),
+    "0.4": (.2125, .01, "share of rows with the right label"),
     "1.1": (16, 0, "images that are never trained on"),
     "1.4": (4.098, .12, "steps until all ten were seen"),
     "2.1": (.731, .006, "probability of the second class"),
@@ -39,7 +40,9 @@ NUMBERS = MappingProxyType({ # exercise -> expected, tolerance, what was asked f
     "13.1": (.0256, .0001, "the learning rate of step 10"),
     "13.3": (29, 0, "the first step of at least 95 %"),
     "14.1": (2 / 7, .01, "share of operations saved"),
+    "14.4": (5.66, .1, "operations at 448 px over those at 224 px"),
     "15.1": (7 / 6, .007, "mean of means over masked mean"),
+    "15.4": (.607, .012, "the mean of the four means"),
     "16.1": (.525, .006, "weight of the image"),
     "16.3": (.1849, .005, "share of the smallest class at rest"),
     "17.1": (.375, .006, "typicality of the image at 4"),
