@@ -60,7 +60,8 @@ class Settings:
     # "trained" on frozen features beforehand; None: as the algorithm says, "random" where it says nothing
     labelled: str = "all" # "release": drop labelled images as the released loader does
     precision: str|None = None # "float32" or "bf16"; None: bf16 on a GPU that has it; a resume keeps its own
-    evals: int = 10 # evaluations, evenly spaced, the last at the end; none is ever selected
+    evals: int|None = None # evaluations, evenly spaced, the last at the end; none is ever selected;
+    # None: ten, or one in ten steps where that is less
     stored_views: tuple[int, int]|None = None # weak, strong: features kept on the disk, for "linear"; None: new views
     views: Views|None = None # None: the digits' recipe for digits, the paper's for anything else
 
@@ -129,6 +130,7 @@ def prepare(
     settings = replace(settings, views=settings.views or default_views(dataset, encoder),
                        init_seed=settings.seed if settings.init_seed is None else settings.init_seed,
                        n_prompts=n_prompts if settings.peft in PROMPTED else 0,
+                       evals=settings.evals or min(10, max(1, settings.schedule.steps // 10)),
                        head_init=settings.head_init or getattr(algorithm, "head_init", "random"),
                        precision=settings.precision or group.broadcast_object(begun) or default_precision(device))
     runtime = replace(runtime, device=device,

@@ -15,7 +15,7 @@ from finessl.engine.checkpoint import DIGEST
 from finessl.pseudo_labels import FixMatch, SupervisedOnly
 from finessl.engine.schedule import Schedule
 from finessl.engine.errors import TrainingError
-from finessl.training import fit
+from finessl.training import Runtime, Settings, fit, prepare
 from finessl.engine.storage import MARKER, lock_folder
 from finessl.engine.runs import load_run
 
@@ -409,3 +409,10 @@ def test_seeds_do_what_they_say(encoder):
     torch.manual_seed(123)
     torch.rand(7)
     assert run(encoder, evals=1).record["evaluations"] == a.record["evaluations"]      # whatever was drawn before
+
+
+def test_evaluations_are_ten_or_one_in_ten_steps_and_what_is_asked_for():
+    given = [(2, None), (19, None), (40, None), (1000, None), (2, 2), (1000, 7)]
+    chosen = [prepare(digits(1, 0), "pocket", FixMatch(), Settings(Schedule(steps), evals=evals),
+                      Runtime("cpu", progress=False)).settings.evals for steps, evals in given]
+    assert chosen == [1, 1, 4, 10, 2, 7]

@@ -78,9 +78,10 @@ def check_numbers(algorithm, settings, runtime=None) -> None: # as for `validate
     "Raise a DataError for a number that is none, or absurd, before memory is asked for."
     s, steps = settings, settings.schedule
     check_int("seed", s.seed, *SEEDS)
-    for name, v in {"batch": s.batch, "mu": s.mu, "evals": s.evals}.items(): check_int(name, v, 1, MOST[name])
+    for name, v in {"batch": s.batch, "mu": s.mu}.items(): check_int(name, v, 1, MOST[name])
     check_int("schedule.steps", steps.steps, 1, MOST["steps"])
     maybe = {"init_seed": (s.init_seed, *SEEDS), "n_prompts": (s.n_prompts, 0, MOST["n_prompts"]),
+             "evals": (s.evals, 1, MOST["evals"]),
              "schedule.reset_pace_every": (steps.reset_pace_every, 1, MOST["reset_pace_every"])}
     if runtime is not None:
         check_int("accumulate", runtime.accumulate, 1, MOST["accumulate"])
