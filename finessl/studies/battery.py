@@ -8,7 +8,7 @@ __all__ = ['PROBE', 'ALONE', 'CANDIDATE', 'ROWS', 'RIVALS', 'HOW', 'KEPT', 'PROM
            'cell_means', 'differences', 'clearly_below', 'mean_difference', 'plot_battery', 'parser', 'main']
 
 # %% ../../nbs/studies/battery.ipynb #ba770004
-import argparse, os, sys, time
+import argparse, sys, time
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -24,7 +24,7 @@ from ..lab import lab_run, logistic_probe
 from ..pseudo_labels import FixMatch, SupervisedOnly
 from ..rivals import AdaMatch, DebiasPL, FlexMatch, FreeMatch, PseudoLabel, SoftMatch
 from .battery_sets import FOLDERS, LABELS, SETS, SPLITS, image_split, lab_split, open_lab
-from .runner import run_jobs
+from .runner import run_jobs, study_parser
 from .statistics import PairedDifference, holm, paired_p_value, paired_t_interval
 from ..training import Runtime, Settings, fit
 
@@ -211,10 +211,9 @@ def plot_battery(df: pd.DataFrame, rows, ax, baseline: str = ALONE): # df: of `l
 # %% ../../nbs/studies/battery.ipynb #ba77001d
 def parser() -> argparse.ArgumentParser:
     "The options of the command."
-    ap = argparse.ArgumentParser("python -m finessl.studies.battery", description=(
-        "Run and record the battery: every row on every set at every number of labels. What is recorded already is "
-        "not run again. On stored features about two hours on one core, and half an hour to compute them; with "
-        "--prompts, a quarter of a minute a run for the digits and some minutes for photographs. Downloads nothing."))
+    ap = study_parser("battery", "Run and record the battery: every row on every set at every number of labels. On "
+                      "stored features about two hours on one core, and half an hour to compute them; with --prompts, "
+                      "a quarter of a minute a run for the digits and some minutes for photographs.")
     ap.add_argument("--data", help=f"folder that holds {', '.join(FOLDERS)}, each with train/<class>/* and "
                                    "test/<class>/*")
     ap.add_argument("--checkpoint", help="weights file of timm's vit_tiny_patch16_224")
@@ -225,8 +224,6 @@ def parser() -> argparse.ArgumentParser:
                     help="labelled images a class, of 1, 2, 4, 8")
     ap.add_argument("--splits", type=int, default=len(SPLITS), help="how many (default: %(default)s)")
     ap.add_argument("--prompts", action="store_true", help="instead, prompts in a frozen encoder, by `fit` on images")
-    ap.add_argument("--records", type=Path, default=Path("figures/records"), help="folder of the records (%(default)s)")
-    ap.add_argument("--workers", type=int, default=os.cpu_count(), help="processes of one thread each (%(default)s)")
     return ap
 
 def main(argv=None) -> int: # exit code: 1 where a run broke

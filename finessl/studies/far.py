@@ -7,8 +7,7 @@ __all__ = ['LEVELS', 'NOISE', 'CONTRAST', 'STROKE', 'KINDS', 'ROWS', 'LABELS', '
            'near_lab', 'far_lab', 'plan_runs', 'all_labels', 'run_job', 'run_key', 'main']
 
 # %% ../../nbs/studies/far.ipynb #7e2086c7
-import argparse, functools, os, sys, time
-from pathlib import Path
+import functools, sys, time
 from types import MappingProxyType
 import torch
 import torch.nn.functional as F
@@ -16,12 +15,11 @@ from torch import Tensor
 from ..algorithms import FineSSL
 from ..anchored import AnchoredFineSSL
 from ..data import generator
-from ..engine.batches import VIEW_STRONG, VIEW_WEAK
 from ..engine.feature_table import cache_folder
 from ..engine.torch_state import fresh_torch
 from ..lab import CachedDigits, Lab, cache_views, lab_run, linear_probe, logistic_probe, zero_shot
 from ..pseudo_labels import FixMatch, SupervisedOnly
-from .runner import run_jobs
+from .runner import run_jobs, study_parser
 from ..views import default_views
 
 # %% ../../nbs/studies/far.ipynb #779c0780
@@ -117,12 +115,8 @@ def run_key(r: dict) -> tuple: # a job or its record
 # %% ../../nbs/studies/far.ipynb #012ec633
 def main(argv=None) -> int: # exit code: 1 where a run broke
     "The command."
-    ap = argparse.ArgumentParser("python -m finessl.studies.far", description=(
-        "Run and record every method on digits that get stranger step by step, about half an hour on one core. What is "
-        "recorded already is not run again. Downloads nothing."))
-    ap.add_argument("--records", type=Path, default=Path("figures/records"), help="folder of the records (%(default)s)")
-    ap.add_argument("--workers", type=int, default=os.cpu_count(), help="processes of one thread each (%(default)s)")
-    args = ap.parse_args(argv)
+    args = study_parser("far", "Run and record every method on digits that get stranger step by step, about half an "
+                        "hour on one core.").parse_args(argv)
     return int(bool(run_jobs(plan_runs(), run_job, args.records / "far.jsonl", run_key, args.workers)))
 
 # %% ../../nbs/studies/far.ipynb #ed71036c

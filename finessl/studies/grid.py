@@ -7,7 +7,7 @@ __all__ = ['THREE', 'RIVALS', 'PEFT', 'LRS', 'STARTS', 'PARTS', 'KEPT', 'SAME', 
            'run_job', 'run_key', 'main']
 
 # %% ../../nbs/studies/grid.ipynb #f52958bd
-import argparse, os, sys
+import sys
 from pathlib import Path
 from types import MappingProxyType
 import pandas as pd
@@ -19,7 +19,7 @@ from ..engine.storage import read_records
 from ..pseudo_labels import FixMatch, SupervisedOnly
 from ..rivals import AdaMatch, DebiasPL, FlexMatch, FreeMatch, PseudoLabel, SoftMatch
 from .comparison import BATCH, PROMPTS, SCHEDULE, pocket
-from .runner import run_jobs
+from .runner import run_jobs, study_parser
 from ..training import fit
 
 # %% ../../nbs/studies/grid.ipynb #e8f9af73
@@ -89,12 +89,9 @@ HOURS = MappingProxyType({"rivals": 2.5, "lr": .7, "peft": 3.5, "heads": 1.5}) #
 
 def main(argv=None) -> int: # exit code: 1 where a run broke
     "The command."
-    ap = argparse.ArgumentParser("python -m finessl.studies.grid", description=(
-        "Run and record parts of the grid: " + ", ".join(f"{p} (about {h:g} h of one core)" for p, h in HOURS.items())
-        + ". What is recorded already is not run again. Downloads nothing."))
+    ap = study_parser("grid", "Run and record parts of the grid: "
+                      + ", ".join(f"{p} (about {h:g} h of one core)" for p, h in HOURS.items()) + ".")
     ap.add_argument("parts", nargs="+", choices=PARTS)
-    ap.add_argument("--records", type=Path, default=Path("figures/records"), help="folder of the records (%(default)s)")
-    ap.add_argument("--workers", type=int, default=os.cpu_count(), help="processes of one thread each (%(default)s)")
     args = ap.parse_args(argv)
     try: return int(any([run_jobs(plan_runs(p, args.records), run_job, args.records / f"grid_{p}.jsonl", run_key,
                                   args.workers) for p in args.parts]))

@@ -7,8 +7,7 @@ __all__ = ['WAYS', 'SETS', 'LABELS', 'SPLITS', 'ALGORITHMS', 'choose_images', 'l
            'run_job', 'run_key', 'load_choices', 'choice_gains', 'main']
 
 # %% ../../nbs/studies/labelling.ipynb #b3d0bf6b
-import argparse, os, sys, time
-from pathlib import Path
+import sys, time
 import pandas as pd
 import torch
 from torch import Tensor
@@ -18,7 +17,7 @@ from ..lab import lab_run, logistic_probe
 from ..labelling import typical_images
 from .battery import ALONE, CANDIDATE, PROBE, RIVALS, ROWS
 from .battery_sets import FOLDERS, lab_split, open_lab
-from .runner import run_jobs
+from .runner import run_jobs, study_parser
 from .statistics import paired_t_interval
 
 # %% ../../nbs/studies/labelling.ipynb #1feeac2f
@@ -101,15 +100,12 @@ def choice_gains(df: pd.DataFrame, name: str, n: int) -> pd.DataFrame: # of `loa
 # %% ../../nbs/studies/labelling.ipynb #6a0bc614
 def main(argv=None) -> int: # exit code: 1 where a run broke
     "The command."
-    ap = argparse.ArgumentParser("python -m finessl.studies.labelling", description=(
-        "Run and record every algorithm on images that were chosen to be labelled in three ways, about 40 minutes on "
-        "one core. What is recorded already is not run again. Downloads nothing."))
+    ap = study_parser("labelling", "Run and record every algorithm on images that were chosen to be labelled in three "
+                      "ways, about 40 minutes on one core.")
     ap.add_argument("--sets", nargs="+", choices=SETS, default=SETS, metavar="SET", help=f"of {', '.join(SETS)}")
     ap.add_argument("--data", help="folder that holds cifar10 and textures, as for the battery")
     ap.add_argument("--checkpoint", help="weights file of timm's vit_tiny_patch16_224")
     ap.add_argument("--cache", default="battery-features", help="folder for stored features (default: %(default)s)")
-    ap.add_argument("--records", type=Path, default=Path("figures/records"), help="folder of the records (%(default)s)")
-    ap.add_argument("--workers", type=int, default=os.cpu_count(), help="processes of one thread each (%(default)s)")
     args = ap.parse_args(argv)
     photos = [s for s in args.sets if s in FOLDERS]
     if photos and not (args.data and args.checkpoint): ap.error(f"{photos[0]} needs --data and --checkpoint")

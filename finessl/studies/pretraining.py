@@ -8,7 +8,7 @@ __all__ = ['TRAINERS', 'WAYS', 'ROWS', 'LABELS', 'SPLITS', 'COMMAND', 'pair_cont
            'run_job', 'encoder_key', 'run_key', 'main']
 
 # %% ../../nbs/studies/pretraining.ipynb #e10950ea
-import argparse, copy, functools, os, sys, time
+import copy, functools, sys, time
 from pathlib import Path
 from types import MappingProxyType
 import torch
@@ -16,16 +16,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from ..algorithms import FineSSL
 from ..anchored import AnchoredFineSSL
-from ..backbone import Encoder, load_backbone
+from ..backbone import load_backbone
 from ..data import generator
-from ..engine.storage import read_records
 from ..engine.torch_state import fresh_torch, kept_generator
 from ..lab import Lab, lab_run, linear_probe
-from ..pocket.glyphs import CHARACTERS, Glyphs, render_glyphs
+from ..pocket.glyphs import CHARACTERS, render_glyphs
 from ..pocket.pretrain import (PIXEL_MEAN, PIXEL_STD, Recipe, build_pocket, class_frequencies, descend,
                                      draw_batch, draw_glyphs, pick_glyphs, pretrain_card, save_pocket)
 from ..pseudo_labels import FixMatch, SupervisedOnly
-from .runner import run_jobs
+from .runner import run_jobs, study_parser
 from .scratch import random_pocket
 from ..views import normalise
 
@@ -163,12 +162,9 @@ def run_key(r: dict) -> tuple: # a job or its record
 # %% ../../nbs/studies/pretraining.ipynb #536f45cb
 def main(argv=None) -> int: # exit code: 1 where a run broke
     "The command."
-    ap = argparse.ArgumentParser("python -m finessl.studies.pretraining", description=(
-        "Pre-train the pocket's network in other ways, then run and record every method on each. What is recorded "
-        "already is not run again. Downloads nothing."))
+    ap = study_parser("pretraining", "Pre-train the pocket's network in other ways, then run and record every method "
+                      "on each.")
     ap.add_argument("--encoders", type=Path, default=Path("encoders"), help="folder for the weights (%(default)s)")
-    ap.add_argument("--records", type=Path, default=Path("figures/records"), help="folder of the records (%(default)s)")
-    ap.add_argument("--workers", type=int, default=os.cpu_count(), help="processes of one thread each (%(default)s)")
     a = ap.parse_args(argv)
     broken = run_jobs(plan_encoders(a.encoders), train_encoder, a.records / "pretraining_encoders.jsonl", encoder_key,
                       a.workers)

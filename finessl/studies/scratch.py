@@ -7,9 +7,8 @@ __all__ = ['STEPS', 'LRS', 'LABELS', 'SPLITS', 'EVALS', 'ROWS', 'random_pocket',
            'run_key', 'main']
 
 # %% ../../nbs/studies/scratch.ipynb #506d9f03
-import argparse, sys
+import sys
 from dataclasses import replace
-from pathlib import Path
 from ..algorithms import FineSSL
 from ..backbone import Encoder
 from ..bench.measure import FlopCounter
@@ -19,7 +18,7 @@ from ..engine.storage import read_records
 from ..pocket.pretrain import PIXEL_MEAN, PIXEL_STD, build_pocket
 from ..pseudo_labels import FixMatch, SupervisedOnly
 from .comparison import BATCH, PROMPTS, SCHEDULE, pocket
-from .runner import run_jobs
+from .runner import run_jobs, study_parser
 from ..training import Runtime, Settings, fit
 
 # %% ../../nbs/studies/scratch.ipynb #c060d3ff
@@ -80,12 +79,8 @@ def run_key(r: dict) -> tuple: # a job or its record
 # %% ../../nbs/studies/scratch.ipynb #368895dc
 def main(argv=None) -> int: # exit code: 1 where a run broke
     "The command."
-    ap = argparse.ArgumentParser("python -m finessl.studies.scratch", description=(
-        "Train the pocket's network from random weights, and prompts in the pre-trained one beside it. What is "
-        "recorded already is not run again. Downloads nothing."))
-    ap.add_argument("--records", type=Path, default=Path("figures/records"), help="folder of the records (%(default)s)")
-    ap.add_argument("--workers", type=int, default=1, help="processes of one thread each (%(default)s)")
-    args = ap.parse_args(argv)
+    args = study_parser("scratch", "Train the pocket's network from random weights, and prompts in the pre-trained one "
+                        "beside it. Seconds are recorded, so one process is started.", workers=1).parse_args(argv)
     path, broken = args.records / "scratch.jsonl", []
     for _ in ("the learning rate", "everything"):
         if not broken: broken = run_jobs(plan_runs(path), run_job, path, run_key, args.workers)

@@ -7,15 +7,14 @@ __all__ = ['IN_LAB', 'BY_FIT', 'USUAL', 'LABELS', 'LAB_SPLITS', 'SPLITS', 'job',
            'main']
 
 # %% ../../nbs/studies/sweeps.ipynb #eed919f9
-import argparse, os, sys, time
-from pathlib import Path
+import sys, time
 from types import MappingProxyType
 from ..algorithms import FineSSL
 from ..data import digits
 from ..engine.environment import environment
 from ..lab import Lab
 from .comparison import BATCH, PROMPTS, SCHEDULE, pocket
-from .runner import run_jobs
+from .runner import run_jobs, study_parser
 from ..training import fit
 
 # %% ../../nbs/studies/sweeps.ipynb #9e521bc2
@@ -66,12 +65,7 @@ def run_key(r: dict) -> tuple: # a job or its record
 # %% ../../nbs/studies/sweeps.ipynb #6f521512
 def main(argv=None) -> int: # exit code: 1 where a run broke
     "The command."
-    ap = argparse.ArgumentParser("python -m finessl.studies.sweeps", description=(
-        "Run and record FineSSL with one constant changed at a time. What is recorded already is not run again. "
-        "Downloads nothing."))
-    ap.add_argument("--records", type=Path, default=Path("figures/records"), help="folder of the records (%(default)s)")
-    ap.add_argument("--workers", type=int, default=os.cpu_count(), help="processes of one thread each (%(default)s)")
-    args = ap.parse_args(argv)
+    args = study_parser("sweeps", "Run and record FineSSL with one constant changed at a time.").parse_args(argv)
     return int(bool(run_jobs(plan_runs(), run_job, args.records / "sweeps.jsonl", run_key, args.workers)))
 
 # %% ../../nbs/studies/sweeps.ipynb #e1c08e6f

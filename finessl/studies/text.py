@@ -7,8 +7,7 @@ __all__ = ['STARTS', 'SCALES', 'ALGORITHMS', 'LABELS', 'SPLITS', 'pocket_lab', '
            'run_job', 'run_key', 'main']
 
 # %% ../../nbs/studies/text.ipynb #799e129e
-import argparse, functools, os, sys, time
-from pathlib import Path
+import functools, sys, time
 from types import MappingProxyType
 import torch
 from torch import nn
@@ -20,7 +19,7 @@ from ..engine.torch_state import fresh_torch
 from ..lab import Lab, train_heads
 from ..peft import CosineHead, TwoHeadModel, mean_rows
 from ..pseudo_labels import FixMatch, SupervisedOnly
-from .runner import run_jobs
+from .runner import run_jobs, study_parser
 
 # %% ../../nbs/studies/text.ipynb #cbcdafaf
 STARTS, SCALES = ("random", "means", "text"), (5., 1 / .07, 45.)
@@ -70,12 +69,8 @@ def run_key(r: dict) -> tuple: # a job or its record
 # %% ../../nbs/studies/text.ipynb #b1e947b8
 def main(argv=None) -> int: # exit code: 1 where a run broke
     "The command."
-    ap = argparse.ArgumentParser("python -m finessl.studies.text", description=(
-        "Run and record heads that start at random, at class means and at the classes' names, at three temperatures. "
-        "What is recorded already is not run again. Downloads nothing."))
-    ap.add_argument("--records", type=Path, default=Path("figures/records"), help="folder of the records (%(default)s)")
-    ap.add_argument("--workers", type=int, default=os.cpu_count(), help="processes of one thread each (%(default)s)")
-    args = ap.parse_args(argv)
+    args = study_parser("text", "Run and record heads that start at random, at class means and at the classes' names, "
+                        "at three temperatures.").parse_args(argv)
     return int(bool(run_jobs(plan_runs(), run_job, args.records / "text.jsonl", run_key, args.workers)))
 
 # %% ../../nbs/studies/text.ipynb #3f243766
