@@ -107,7 +107,7 @@ def add_output(p):
     "What is kept, and what is said meanwhile."
     g = p.add_argument_group("what is kept")
     g.add_argument("--evals", metavar="E", type=count_type("evals"), help=(
-        "evaluations on the test part; the last one counts, none is selected (ten, or one in ten steps if that is less)"))
+        "evaluations on the test part; the last counts, none is selected (ten, or one in ten steps if that is less)"))
     g.add_argument("--out", metavar="DIR", type=path_type, required=True,
                    help="folder of this run: record.json and model.safetensors, and checkpoints on the way")
     g.add_argument("--checkpoint-every", metavar="K", type=count_type("checkpoint_every"), default=500,
