@@ -6,6 +6,7 @@ Warnings are errors, and every link inside the site is followed.
 """
 import argparse, ast, json, os, re, shutil, subprocess, sys, tempfile
 from html import unescape
+from importlib.util import find_spec
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -36,8 +37,9 @@ def display(self, node):
 from docutils import nodes
 def setup(app): app.add_html_math_renderer("mathml", (inline, None), (display, None))
 '''
-CSS = """div.math{overflow-x:auto;overflow-y:hidden;padding:.3rem 0}
-math{font-size:1.05em}
+CSS = """@font-face{font-family:"STIX Two Math";src:local("STIX Two Math"),url("STIXTwoMath-Regular.ttf")}
+math{font-family:"STIX Two Math",math;font-size:1.05em}
+div.math{overflow-x:auto;overflow-y:hidden;padding:.3rem 0}
 div.cell_output img{max-width:100%;height:auto}
 @media (prefers-color-scheme:dark){body:not([data-theme=light]) div.cell_output img{background:#fff;border-radius:3px}}
 body[data-theme=dark] div.cell_output img{background:#fff;border-radius:3px}
@@ -126,6 +128,8 @@ def write_sources(src):
     "What Sphinx reads: notebooks, pages of modules, pictures, settings."
     shutil.copytree(root / "figures", src / "figures", ignore=shutil.ignore_patterns("records", "*.csv", "*.safetensors"))
     (src / "_static").mkdir(); (src / "_static" / "book.css").write_text(CSS)
+    # a browser stretches roots, sums and braces only in a font that was made for it, and many systems have none
+    shutil.copy2(Path(find_spec("ziamath").origin).parent / "fonts" / "STIXTwoMath-Regular.ttf", src / "_static")
     (src / "conf.py").write_text(CONF)
     chapters = sorted((root / "nbs").glob("[0-9]*.ipynb"))
     pages = {"Main line": chapters} | {t: sorted((root / "nbs" / f).glob("*.ipynb")) for f, t in APPENDICES.items()}

@@ -36,7 +36,7 @@ def test_broken_links_and_what_is_loaded_from_elsewhere_are_found(tmp_path):
 
 
 def test_the_site_is_built_without_a_warning(tmp_path):
-    for name in ("sphinx", "myst_nb", "furo", "latex2mathml"): pytest.importorskip(name)
+    for name in ("sphinx", "myst_nb", "furo", "latex2mathml", "ziamath"): pytest.importorskip(name)
     assert book.build(tmp_path / "site") == []
     index = (tmp_path / "site" / "nbs" / "05_margin.html").read_text("utf-8")
     assert "<math" in index and "my_class_margins" in index and "#| solution" not in index

@@ -67,7 +67,7 @@ def best_lrs(path) -> dict: # way of fine-tuning -> learning rate; ties go to th
 KEPT = ("accuracy", "loss", "mask_ratio", "pool_accuracy", "pool_mean_confidence", "pool_largest_share",
         "pool_classes_missing") # of the last evaluation
 SAME = ("algorithm", "peft", "head_init", "schedule", "batch", "mu", "n_prompts", "momentum", "weight_decay", "n_ulb",
-        "n_test", "backbone_hash", "versions", "device", "seconds")
+        "n_test", "backbone_hash", "versions", "device")
 
 def run_job(job: dict) -> dict: # the record
     "Train one row on one split; on development splits the score comes from a part cut from the pool."
