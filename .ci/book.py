@@ -40,6 +40,7 @@ def setup(app): app.add_html_math_renderer("mathml", (inline, None), (display, N
 CSS = """@font-face{font-family:"STIX Two Math";src:local("STIX Two Math"),url("STIXTwoMath-Regular.ttf")}
 math{font-family:"STIX Two Math",math;font-size:1.05em}
 div.math{overflow-x:auto;overflow-y:hidden;padding:.3rem 0}
+div.cell_output{overflow-x:auto}
 div.cell_output img{max-width:100%;height:auto}
 @media (prefers-color-scheme:dark){body:not([data-theme=light]) div.cell_output img{background:#fff;border-radius:3px}}
 body[data-theme=dark] div.cell_output img{background:#fff;border-radius:3px}
