@@ -1,9 +1,11 @@
 "Every record names the encoder that made it, and it is the one in the package; every picture has its data beside it."
 from pathlib import Path
+import pandas as pd
 import pytest
 from finessl.studies import comparison
 from finessl.backbone import load_backbone
 from finessl.engine.storage import read_records
+from finessl.studies.statistics import paired_t_interval
 
 root = Path(__file__).resolve().parent.parent
 
@@ -59,7 +61,6 @@ def test_how_long_the_studies_take_is_what_the_records_say(capsys):
 
 
 def test_what_the_readme_says_of_photographs_is_what_the_records_say():
-    from finessl.studies.statistics import paired_t_interval
     from finessl.studies.photo_figures import photo_results
     df = photo_results(root / "figures" / "records")
     text = (root / "README.md").read_text(encoding="utf-8")
@@ -91,3 +92,24 @@ def test_a_finished_run_of_an_earlier_version_loads_in_todays_names(tmp_path):
     path.write_text(old.replace("SupervisedOnly", "LabelledOnly"), encoding="utf-8")
     assert "mask_ratio" not in path.read_text(encoding="utf-8") and read_record(tmp_path / "run") == today
     assert (load_run(tmp_path / "run").predict(ds.x_test) == run.predict(ds.x_test)).all()
+
+
+def test_what_the_readme_says_of_every_algorithm_with_prompts_is_what_the_grid_recorded():
+    from finessl.studies.grid import RIVALS
+    from finessl.studies.statistics import holm, load_results, paired_p_value, pivot_rows
+    records = root / "figures" / "records"
+    grid = pd.DataFrame([{"row": r["row"], "N": r["n_per_class"], "seed": r["seed"], "accuracy": 100 * r["accuracy"]}
+                         for r in read_records(records / "grid_rivals.jsonl")])
+    rest = load_results(("references", "constants", "more"), records)
+    rest = rest[rest.known.isna() & rest.row.isin(["FixMatch", "FineSSL"])]
+    wide = pivot_rows(pd.concat([rest, grid]))
+    assert len(wide) == 60 and set(RIVALS) < set(wide) and not wide.isna().any().any()
+    published, text = wide.drop(columns="anchored"), (root / "README.md").read_text("utf-8")
+    assert all(published.loc[n].mean().idxmax() == "FineSSL" for n in (1, 2))
+    others, rows = wide.groupby("seed").mean(), [row for row in published if row != "FineSSL"]
+    p = holm([paired_p_value(others["FineSSL"], others[row]) for row in rows])
+    clear = {row for row, q in zip(rows, p) if q < .05}
+    assert clear == {"FixMatch", "FlexMatch", "SoftMatch", "AdaMatch", "Pseudo-Label"}
+    ahead = {row: paired_t_interval(others["anchored"], others[row]) for row in published}
+    assert f"by {str(ahead['FineSSL']).replace('+', '')} points and of all others by more" in text
+    assert min(ahead, key=lambda row: ahead[row].mean) == "FineSSL" and all(d.low > 0 for d in ahead.values())
