@@ -234,7 +234,7 @@ def test_what_gives_an_exercise_away_makes_room_for_a_sentence_and_an_import(tmp
     copied = [source_of(c) for c in read_notebook(tmp_path / "course" / "student" / "01_circle.ipynb")["cells"]]
     assert copied[3:8] == [disc.replace("return math.pi * self.r ** 2", 'raise NotImplementedError("exercise 1.1")'),
                            "from finessl.circle import Disc # so that what follows runs",
-                           "*A cell is left out here: it belongs to exercise 1.1, and defines `half`.*",
+                           "*A cell is left out here, since it shows most of what exercise 1.1 asks for.*",
                            "from finessl.checks.circle import check_area # so that what follows runs", CELLS[2][1]]
     assert not [c for c in copied if "check_it" in c] # the check of the exercise imports it
 

@@ -73,9 +73,7 @@ def relink(source: str, names: set[str], url: str) -> str:
 def left_out(cell: dict, module: str, said: bool) -> list[dict]: # said: the cell before belongs to the same exercises
     "What stands in the place of a cell that would give exercises away: a sentence, an import of what it exports."
     numbers = " and ".join(spoiled(cell))
-    made = [f"`{n.name}`" for n in ast.parse(source_of(cell)).body if isinstance(n, ast.FunctionDef)]
-    holds = f", and defines {', '.join(made)}" if made else ""
-    room = f"*A cell is left out here: it belongs to exercise {numbers}{holds}.*"
+    room = f"*A cell is left out here, since it shows most of what exercise {numbers} asks for.*"
     cells = [] if said else [new_cell("markdown", room, f"left-{cell['id']}")]
     if exported := exported_names(cell, module):
         text = f"from {exported[0]} import {', '.join(exported[1])} # so that what follows runs"
