@@ -134,7 +134,7 @@ def train_encoder(job: dict) -> dict: # the record
     "Pre-train one encoder and keep its weights."
     model, card = pretrain_way(job["way"])
     sha256 = save_pocket(model, card, job["folder"], job["way"], overwrite=True)
-    same = ("recipe", "losses", "seconds", "threads", "versions", "device")
+    same = ("recipe", "losses", "threads", "versions", "device")
     return {"study": job["study"], "way": job["way"], "command": COMMAND, "sha256": sha256} | {k: card[k] for k in same}
 
 def run_job(job: dict) -> dict: # the record
