@@ -10,7 +10,7 @@ import torch
 from ..backbone import load_backbone
 from ..data import Dataset, Split, short_hash, split_labels
 from .environment import environment
-from .errors import DataError, check_int
+from .errors import check_int
 from .feature_table import cache_folder
 from .features import STORED_VIEWS, store_views
 from .torch_state import fresh_torch
@@ -43,8 +43,7 @@ class FolderLab(Lab):
     ) -> Dataset: # of numbers, see `CachedView`
         "Which of the labelled images are labelled in a run."
         ds, C = self.dataset, len(self.dataset.classes)
-        known = C if known is None else check_int("known", known, 2)
-        if known > C: raise DataError(f"known must be 2 to {C}, got {known}")
+        known = check_int("known", C if known is None else known, 2, C)
         may = (ds.y_lb < known).nonzero()[:, 0]
         if n_per_class is not None: may = may[split_labels(ds.y_lb[may], n_per_class, seed, ds.classes[:known])]
         x, test = ds.x_lb[may], ds.y_test < known

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 import torch
 from torch import Tensor
-from ..data import Dataset, Split, short_hash, split_labels
+from ..data import Dataset, Split, short_hash, split_labels, split_pool
 from .atomic import say_once
 from .decoders import open_image
 from .errors import DataError, UnreadableError, check_int
@@ -103,24 +103,29 @@ def _codes(root, lb, y_lb, pool: list, test: list, y_test, digests) -> tuple: # 
 @fresh_torch()
 def image_folder(
     path, # folder with train/<class>/*, optional test/<class>/* and unlabelled/*
-    n_per_class: int | None = None, # labelled images per class; None: all of train/
-    seed: int = 0, # of the split
+    n_per_class: int | None = None, # labelled images per class, with a long tail of the largest; None: all of train/
+    seed: int = 0, # of the split, and of the classes' order in a long tail
     image_size: int | None = None, # side in pixels; None: as the files, if all have one size of at most 256; else 256
     # "skip" reads every file once and leaves out those it cannot, named in split.unreadable; or such names
     unreadable="raise",
     lazy: bool | None = None, # True: read at every use; False: all into memory; None: into memory up to 1 GiB
-    max_megapixels: float | None = None # of a file; what is larger cannot be read; see `pixel_limit`
+    max_megapixels: float | None = None, # of a file; what is larger cannot be read; see `pixel_limit`
+    known: int | None = None, # 2 or more: only the first are classes; the images of the others stay in the pool
+    imbalance: float = 1. # largest over smallest class of train/, labelled and in the pool; see `split_pool`
 ) -> Dataset:
     "Any folder of images as a Dataset; the pool is train/ (the labelled images included) and unlabelled/."
     if n_per_class is not None: n_per_class = check_int("n_per_class", n_per_class, 1)
     root = Path(path).expanduser()
     classes, *found = _folder_parts(root)
+    known = check_int("known", len(classes) if known is None else known, 2, len(classes))
+    classes, found[2] = classes[:known], [(file, y) for file, y in found[2] if y < known]
+    if imbalance != 1 and found[1]: raise DataError("imbalance needs labels in all of the pool; unlabelled/ has none")
     skipped = files_to_skip(root, [file for part in found for file, _ in part], unreadable, max_megapixels)
     parts = [[(file, y) for file, y in part if not skipped or skipped.name(file) not in skipped] for part in found]
     (train, y_train), (extra, y_extra), (test, y_test) = map(_files_and_labels, parts)
     lost = _lost(found[0], skipped, len(classes))
-    idx_lb = split_labels(y_train, n_per_class or 1, seed, classes, lost) # without n_per_class: no class is empty
-    if n_per_class is None: idx_lb = torch.arange(len(train))
+    idx_lb, stays = split_pool(y_train, n_per_class, seed, classes, imbalance, lost)
+    train, y_train = [train[i] for i in stays.tolist()], y_train[stays]
     common = _common_size(train + extra + test, skipped, max_megapixels) # every head, so most bad files show here
     size = common if image_size is None else check_int("image_size", image_size, 1)
     x_ulb, x_test = (ImageFiles(files, size, skipped, max_megapixels) for files in (train + extra, test))

@@ -7,7 +7,7 @@ __all__ = ['STEPS', 'LRS', 'LABELS', 'SPLITS', 'EVALS', 'ROWS', 'random_pocket',
            'run_key', 'main']
 
 # %% ../../nbs/studies/scratch.ipynb #506d9f03
-import sys
+import sys, time
 from dataclasses import replace
 from ..algorithms import FineSSL
 from ..backbone import Encoder
@@ -64,11 +64,14 @@ def run_job(job: dict) -> dict: # the record
     if job["lr"]: encoder, how = random_pocket(job["seed"]), dict(peft="full", schedule=Schedule(STEPS, job["lr"]))
     else: encoder, how = pocket(), dict(n_prompts=PROMPTS, schedule=SCHEDULE)
     settings = Settings(seed=job["seed"], batch=BATCH, evals=EVALS if job["lr"] else 5, **how)
+    start = time.process_time()
     run = fit(ds, encoder, job["algorithm"], settings, Runtime("cpu", progress=False))
+    cpu, clock = time.process_time() - start, [run.record[k] for k in ("seconds", "eval_seconds")]
     named = {k: job[k] for k in ("study", "row", "n_per_class", "seed", "lr", "dev")}
-    same = ("algorithm", "peft", "schedule", "batch", "n_prompts", "n_ulb", "n_test", "versions", "device", "seconds")
+    same = ("algorithm", "peft", "schedule", "batch", "n_prompts", "n_ulb", "n_test", "versions", "device")
     return named | {"command": "python -m finessl.studies.scratch", "backbone": encoder.name,
                     "flops_per_step": fit_flops(ds, encoder, job["algorithm"], settings),
+                    "cpu_seconds": round(cpu * clock[0] / sum(clock), 3),  # the evaluations' share is left out
                     "evaluations": [{k: e[k] for k in ("step", "accuracy", "pool_accuracy", "mask_ratio")}
                                     for e in run.record["evaluations"]]} | {k: run.record[k] for k in same}
 
@@ -80,7 +83,8 @@ def run_key(r: dict) -> tuple: # a job or its record
 def main(argv=None) -> int: # exit code: 1 where a run broke
     "The command."
     args = study_parser("scratch", "Train the pocket's network from random weights, and prompts in the pre-trained one "
-                        "beside it. Seconds are recorded, so one process is started.", workers=1).parse_args(argv)
+                        "beside it. Seconds of the processor are recorded, so one process is started.",
+                        workers=1).parse_args(argv)
     path, broken = args.records / "scratch.jsonl", []
     for _ in ("the learning rate", "everything"):
         if not broken: broken = run_jobs(plan_runs(path), run_job, path, run_key, args.workers)
