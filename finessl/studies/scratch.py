@@ -39,7 +39,7 @@ def fit_flops(
     return count(2) - count(1)
 
 # %% ../../nbs/studies/scratch.ipynb #bb39e8a6
-STEPS, LRS, LABELS, SPLITS, EVALS = 3000, (.003, .01, .03, .1), (1, 4), (0, 1, 2), 30
+STEPS, LRS, LABELS, SPLITS, EVALS = 3000, (.003, .01, .03, .1), (1, 2, 4), (0, 1, 2), 30
 ROWS = {"FixMatch, from scratch": FixMatch(n_strong=2), "labelled-only, from scratch": SupervisedOnly(),
         "FixMatch, prompts": FixMatch(n_strong=2), "FineSSL, prompts": FineSSL()}
 
