@@ -49,8 +49,10 @@ def plan_runs(part: str, records) -> list[dict]: # records: folder; "peft" reads
                 for s in (100, 101, 102) for peft in PEFT for lr in LRS]
     if part == "peft":
         best = best_lrs(Path(records) / "grid_lr.jsonl")
-        return [job(part, f"{peft}, {name}", n, s, a, peft=peft, lr=best[peft])
-                for s in range(10) for n in (1, 2, 4) for peft in (AT_TWO if n == 2 else PEFT)
+        ways = {peft: {"peft": peft, "lr": best[peft]} for peft in PEFT}
+        ways |= {f"full from {start}": ways["full"] | {"head_init": start} for start in ("probe", "text")}
+        return [job(part, f"{way}, {name}", n, s, a, **ways[way])
+                for s in range(10) for n in (1, 2, 4) for way in (AT_TWO if n == 2 else ways)
                 for name, a in THREE.items()]
     if part == "heads":
         return [job(part, f"{start}, {name}", n, s, a, head_init=start)
