@@ -68,7 +68,8 @@ def run_job(job: dict) -> dict: # the record
     run = fit(ds, encoder, job["algorithm"], settings, Runtime("cpu", progress=False))
     cpu, clock = time.process_time() - start, [run.record[k] for k in ("seconds", "eval_seconds")]
     named = {k: job[k] for k in ("study", "row", "n_per_class", "seed", "lr", "dev")}
-    same = ("algorithm", "peft", "schedule", "batch", "n_prompts", "n_ulb", "n_test", "versions", "device")
+    same = ("backbone_hash", "algorithm", "peft", "schedule", "batch", "n_prompts", "n_ulb", "n_test", "versions",
+            "device")
     return named | {"command": "python -m finessl.studies.scratch", "backbone": encoder.name,
                     "flops_per_step": fit_flops(ds, encoder, job["algorithm"], settings),
                     "cpu_seconds": round(cpu * clock[0] / sum(clock), 3),  # the evaluations' share is left out
