@@ -94,8 +94,8 @@ def split_labels(
     seed: int, # of the split
     classes: tuple[str, ...] | None = None, # names, for the error message
     lost: list[int] | None = None # (C,) files of each class that were left out as unreadable, for the error message
-) -> Tensor: # (C·n_per_class,) int64 positions in `y`, class by class
-    "Balanced labelled part from a seed, the same on every platform; a smaller part lies inside a larger one."
+) -> Tensor: # (C·n_per_class,), or of the list's sum: int64 positions in `y`, class by class
+    "Labelled part from a seed, the same on every platform; a smaller part lies inside a larger one."
     y, sizes = _labels("y", y).cpu(), n_per_class if isinstance(n_per_class, list) else [n_per_class]
     sizes = [check_int("n_per_class", n, 1) for n in sizes]
     if not len(y): raise DataError(f"there are no images to choose from{_of_them_lost(sum(lost or ()))}")
@@ -146,29 +146,29 @@ def split_pool(
     seed: int, classes: tuple[str, ...], # C names
     imbalance: float = 1., lost: list[int] | None = None # largest over smallest class, ≥ 1; see `split_labels`
 ) -> tuple[Tensor, Tensor]: # int64 positions: of the labelled images among those that stay; in `y` of those that stay
-    "Labelled part and pool; in a long tail the largest class is as large as the smallest one there is."
+    "Labelled part and pool; in a long tail the pool keeps as many images as the tail's shape lets it."
     check_range("imbalance", imbalance, 1)
     C, n = len(classes), check_int("n_per_class", 1 if n_per_class is None else n_per_class, 1)
-    mine, rank = (y < C).nonzero()[:, 0], _random_state(seed, 4).permutation(C).tolist()
-    def draw(n): # images of the largest class
-        sizes = [max(1, round(n * imbalance ** (-r / (C - 1)))) for r in rank]
-        return mine[split_labels(y[mine], sizes, seed, classes, lost)]
-    labelled, largest, stays = draw(n), int(y[mine].bincount(minlength=C).min()), torch.arange(len(y))
+    shape = [float(imbalance) ** (-r / max(C - 1, 1)) for r in _random_state(seed, 4).permutation(C).tolist()]
+    mine = (y < C).nonzero()[:, 0]
+    draw = lambda n: mine[split_labels(y[mine], [max(1, round(n * s)) for s in shape], seed, classes, lost)]
+    labelled, stays = draw(n), torch.arange(len(y))
     if imbalance > 1:
-        check_int("n_per_class in a long tail", n, 1, largest)
-        stays = torch.cat([draw(largest), (y >= C).nonzero()[:, 0]]).sort().values
+        largest, c = min((int(k / s), c) for c, (k, s) in enumerate(zip(y[mine].bincount(minlength=C).tolist(), shape)))
+        if largest < imbalance: raise DataError(f"class {c} ({classes[c]!r}) is too small for imbalance {imbalance:g}")
+        stays = torch.cat([draw(max(n, largest)), (y >= C).nonzero()[:, 0]]).sort().values
     if n_per_class is None: labelled = stays[y[stays] < C]
     return torch.searchsorted(stays, labelled), stays
 
 # %% ../nbs/01_data.ipynb #022aa0cb
 @fresh_torch()
 def digits(
-    n_per_class: int | None, # labelled images per class, with a long tail of the largest; None: all of the pool
+    n_per_class: int | None, # labelled images per class, in a long tail of the largest one; None: all of the classes
     seed: int, # of the split: test part, labelled part, order of the classes in a long tail
     known: int | None = None, # 2 to 10: digits from `known` on are no class and appear only in the pool
     imbalance: float = 1. # largest over smallest class, labelled and in the pool; the test part stays even
 ) -> Dataset:
-    "Real handwritten digits (1,797, 32×32): 400 stratified test images, the other 1,397 are the pool."
+    "Real handwritten digits (1,797, 32×32): 400 stratified test images, the other 1,397 are the pool, or its tail."
     (x, y), known = load_digit_images(), check_int("known", 10 if known is None else known, 2, 10)
     classes = tuple(str(c) for c in range(known))
     test = _stratified(y, 400, seed)

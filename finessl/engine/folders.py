@@ -23,8 +23,8 @@ from .parts import (Listing, class_folders, count_endings, find_parts, list_imag
 from .torch_state import fresh_torch
 
 # %% ../../nbs/engine/folders.ipynb #1073a115
-def _folder_parts(root: Path) -> tuple[tuple[str, ...], list, list, list]:
-    "Class names, then (file, label) of the training part, the unlabelled extra and the test part."
+def _folder_parts(root: Path, known: int|None) -> tuple[tuple[str, ...], list, list, list]:
+    "Names of the known classes, then (file, label) of the training part, the unlabelled extra and the test part."
     if not root.exists(): raise DataError(f"path does not exist: {root}")
     parts = find_parts(root) if root.is_dir() else {}
     if "train" not in parts: raise DataError(f"{root} has no folder train/; expected train/<class>/<images>")
@@ -47,9 +47,12 @@ def _folder_parts(root: Path) -> tuple[tuple[str, ...], list, list, list]:
     if "unlabelled" in parts: say_unread(parts["unlabelled"], {None: extra})
     def labelled(part):
         return [(file, classes.index(name)) for name, listing in part.items() for file in listing.files]
-    if "test" in parts and not labelled(test):
-        raise DataError(f"{parts['test']} holds no images; fill it or remove it")
-    return classes, labelled(train), [(file, -1) for file in extra.files], labelled(test)
+    known = check_int("known", len(classes) if known is None else known, 2, len(classes))
+    in_test = [(file, y) for file, y in labelled(test) if y < known]
+    if "test" in parts and not in_test:
+        of_them = " of the known classes" if labelled(test) else ""
+        raise DataError(f"{parts['test']} holds no images{of_them}; fill it or remove it")
+    return classes[:known], labelled(train), [(file, -1) for file in extra.files], in_test
 
 # %% ../../nbs/engine/folders.ipynb #240187a1
 def _sides(file, max_megapixels) -> tuple[int, ...]:
@@ -103,7 +106,7 @@ def _codes(root, lb, y_lb, pool: list, test: list, y_test, digests) -> tuple: # 
 @fresh_torch()
 def image_folder(
     path, # folder with train/<class>/*, optional test/<class>/* and unlabelled/*
-    n_per_class: int | None = None, # labelled images per class, with a long tail of the largest; None: all of train/
+    n_per_class: int | None = None, # labelled images per class, in a long tail of the largest one; None: all of train/
     seed: int = 0, # of the split, and of the classes' order in a long tail
     image_size: int | None = None, # side in pixels; None: as the files, if all have one size of at most 256; else 256
     # "skip" reads every file once and leaves out those it cannot, named in split.unreadable; or such names
@@ -113,18 +116,16 @@ def image_folder(
     known: int | None = None, # 2 or more: only the first are classes; the images of the others stay in the pool
     imbalance: float = 1. # largest over smallest class of train/, labelled and in the pool; see `split_pool`
 ) -> Dataset:
-    "Any folder of images as a Dataset; the pool is train/ (the labelled images included) and unlabelled/."
+    "Any folder of images as a Dataset; the pool is train/ or its tail (labelled images included), and unlabelled/."
     if n_per_class is not None: n_per_class = check_int("n_per_class", n_per_class, 1)
     root = Path(path).expanduser()
-    classes, *found = _folder_parts(root)
-    known = check_int("known", len(classes) if known is None else known, 2, len(classes))
-    classes, found[2] = classes[:known], [(file, y) for file, y in found[2] if y < known]
-    if imbalance != 1 and found[1]: raise DataError("imbalance needs labels in all of the pool; unlabelled/ has none")
+    classes, *found = _folder_parts(root, known)
     skipped = files_to_skip(root, [file for part in found for file, _ in part], unreadable, max_megapixels)
     parts = [[(file, y) for file, y in part if not skipped or skipped.name(file) not in skipped] for part in found]
     (train, y_train), (extra, y_extra), (test, y_test) = map(_files_and_labels, parts)
     lost = _lost(found[0], skipped, len(classes))
     idx_lb, stays = split_pool(y_train, n_per_class, seed, classes, imbalance, lost)
+    if imbalance > 1 and extra: raise DataError("imbalance needs labels in all of the pool; unlabelled/ has none")
     train, y_train = [train[i] for i in stays.tolist()], y_train[stays]
     common = _common_size(train + extra + test, skipped, max_megapixels) # every head, so most bad files show here
     size = common if image_size is None else check_int("image_size", image_size, 1)
