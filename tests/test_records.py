@@ -113,3 +113,20 @@ def test_what_the_readme_says_of_every_algorithm_with_prompts_is_what_the_grid_r
     ahead = {row: paired_t_interval(others["anchored"], others[row]) for row in published}
     assert f"by {str(ahead['FineSSL']).replace('+', '')} points and of all others by more" in text
     assert min(ahead, key=lambda row: ahead[row].mean) == "FineSSL" and all(d.low > 0 for d in ahead.values())
+
+
+def test_what_the_readme_says_of_training_from_scratch_is_what_was_recorded():
+    runs = {(r["row"], r["n_per_class"], r["seed"]): r for r in read_records(root / "figures/records/scratch.jsonl")}
+    times, gaps = [], {}
+    for (row, n, seed), prompts in runs.items():
+        if row != "FineSSL, prompts": continue
+        scratch, goal = runs["FixMatch, from scratch", n, seed], prompts["evaluations"][-1]["accuracy"]
+        work = lambda r, step: step * r["flops_per_step"] / (200 * prompts["flops_per_step"])
+        there = [e["step"] for e in scratch["evaluations"] if e["accuracy"] >= goal]
+        times.append(work(scratch, there[0]) if there else None)
+        gaps[n, seed] = 100 * (goal - scratch["evaluations"][-1]["accuracy"])
+    reached, text = [t for t in times if t], (root / "README.md").read_text("utf-8")
+    assert (len(reached), len(times)) == (4, 9) and round(min(reached), 1) == 6.5 and round(max(reached)) == 20
+    assert [round(gaps[1, s]) for s in (0, 1, 2)] == [3, 20, 17] and round(work(scratch, 3000), 1) == 21.8
+    assert "in four of nine cases (three splits, three label counts), after 6.5 to 20 times the operations" in text
+    assert "not within 21.8 times" in text and "by 17 to 20 points on two splits and by 3 on the third" in text
