@@ -23,8 +23,9 @@ def test_records_were_made_with_the_pocket_in_the_package():
 def test_no_run_is_recorded_twice_and_each_says_how_it_was_made():
     for path in sorted((root / "figures" / "records").glob("*.jsonl")):
         records = read_records(path)
-        which = ("row", "n_per_class", "set", "start", "scale", "known", "way", "kind", "level") # if a study has them
-        runs = [(seed, *map(r.get, which)) for r in records for seed in r.get("seeds") or [r.get("seed")]]
+        which = ("row", "n_per_class", "set", "start", "scale", "known", "way", "kind", "level",
+                 "pool", "peft") # if a study has them
+        runs = [(seed, *(str(r.get(k)) for k in which)) for r in records for seed in r.get("seeds") or [r.get("seed")]]
         assert len(set(runs)) == len(runs), path.name
         assert all(r["command"].startswith("python -m finessl") and r["versions"]["torch"] and r["device"]
                    for r in records), path.name
