@@ -131,3 +131,17 @@ def test_what_the_readme_says_of_training_from_scratch_is_what_was_recorded():
     assert [round(gaps[1, s]) for s in (0, 1, 2)] == [3, 20, 17] and round(work(scratch, 3000), 1) == 21.8
     assert "in four of nine cases (three splits, three label counts), after 6.5 to 20 times the operations" in text
     assert "not within 21.8 times" in text and "by 17 to 20 points on two splits and by 3 on the third" in text
+
+
+def test_what_the_readme_says_of_long_tails_is_what_was_recorded():
+    runs = [r for r in read_records(root / "figures/records/pools.jsonl") if r["peft"] == "linear"]
+    wide = pd.DataFrame([{k: r[k] for k in ("pool", "row", "seed")} | {"accuracy": 100 * r["accuracy"]} for r in runs]
+                        ).pivot(index=["pool", "seed"], columns="row", values="accuracy")
+    gain = lambda pool, a, b: paired_t_interval(wide.loc[pool][a], wide.loc[pool][b])
+    tails, text = ("long tail, 10", "long tail, 20"), (root / "README.md").read_text("utf-8")
+    said = " and ".join(str(gain(pool, "FineSSL", "labelled-only")).replace("+", "") for pool in tails)
+    assert f"FixMatch gains nothing over the labelled images alone, FineSSL {said} points" in text
+    for pool in tails:
+        assert not gain(pool, "FixMatch", "labelled-only").clear and not gain(pool, "FineSSL", "SoftMatch").clear
+    cost = (wide.loc["open"] - wide.loc["open, unknown left out"]).mean().drop("labelled-only")
+    assert cost.between(-2.4, -1.9).all() and "cost every method that uses the pool about two points" in text
