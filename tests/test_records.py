@@ -145,3 +145,16 @@ def test_what_the_readme_says_of_long_tails_is_what_was_recorded():
         assert not gain(pool, "FixMatch", "labelled-only").clear and not gain(pool, "FineSSL", "SoftMatch").clear
     cost = (wide.loc["open"] - wide.loc["open, unknown left out"]).mean().drop("labelled-only")
     assert cost.between(-2.4, -1.9).all() and "cost every method that uses the pool about two points" in text
+
+
+def test_what_the_readme_says_of_fine_tuning_is_what_the_grid_recorded():
+    runs = [r for r in read_records(root / "figures/records/grid_peft.jsonl") if r["n_per_class"] != 2]
+    lines = [{"way": r["row"].rsplit(", ", 1)[0], "method": r["row"].rsplit(", ", 1)[1], "seed": r["seed"],
+              "accuracy": 100 * r["accuracy"]} for r in runs]
+    mean = pd.DataFrame(lines).pivot_table(index=["way", "seed"], columns="method", values="accuracy") # over N
+    gain = {way: paired_t_interval(t["FineSSL"], t["FixMatch"]) for way, t in mean.groupby("way")}
+    assert len(gain) == 12 and sum(d.low > 0 for d in gain.values()) == 8 and gain["full"].high < 0
+    text, minus = (root / "README.md").read_text("utf-8"), lambda d: str(d).replace("-", "−").replace(", +", ", ")
+    assert f"(0.1: {minus(gain['vpt'])} points" in text
+    ours = mean["FineSSL"]
+    assert f"gains {str(paired_t_interval(ours['partial'], ours['vpt'])).replace('+', '')} points over prompts" in text
