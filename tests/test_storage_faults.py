@@ -3,7 +3,7 @@
 Faults are put into the functions of `os` that make system calls. Calls that only look get one of the errors, and no
 crash: they leave what the call before them left. Crashes happen in children that this file, run as a script, forks.
 """
-import contextlib, errno, json, os, re, stat, subprocess, sys, tempfile
+import contextlib, errno, json, os, re, stat, subprocess, sys, tempfile, time
 from pathlib import Path
 
 import pytest
@@ -169,6 +169,8 @@ class Scenario:
                 try:
                     for _ in self.act(d): done += 1
                 except (OSError, TrainingError, UsageError) as e: raised = e
+            until = time.monotonic() + 1 # another thread may be reading a file just now; what stays open stays
+            while open_files() != files and time.monotonic() < until: time.sleep(.02)
             self.note(open_files() == files, f"{what}: a file stays open")
             if raised is None: self.note(done == len(self.states) - 2, f"{what}: steps left out")
             temporary = [name for name in self.temporary(d) if "1" * 16 not in name]
