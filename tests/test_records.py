@@ -143,6 +143,8 @@ def test_what_the_readme_says_of_long_tails_is_what_was_recorded():
     said = " and ".join(str(gain(pool, "FineSSL", "labelled-only")).replace("+", "") for pool in tails)
     assert f"FixMatch gains nothing over the labelled images alone, FineSSL {said} points" in text
     plain = lambda d: str(d).replace("[-", "[−").replace("+", "")
+    rival = " and ".join(plain(gain(pool, "DebiasPL", "labelled-only")) for pool in tails)
+    assert f"DebiasPL {rival}; FineSSL with prompts" in text
     prompted = [plain(gain(pool, "FineSSL", "labelled-only", "vpt")) for pool in tails]
     assert f"with prompts (ten splits) only {' and '.join(prompted)}" in text
     for pool in tails:
